@@ -1,0 +1,103 @@
+"""Images to images of the same size: the two kinds of block that encoder and decoder are made of.
+
+B batch, C channels, H W grid, N = H*W, D inner width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..layers.attention import linear_attention
+from ..layers.feed_forward import GLUMBConv
+from ..layers.norms import channel_norm
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "relu6": nn.ReLU6, "gelu": nn.GELU}
+
+
+def activation(name: str) -> nn.Module:
+    """The activation that a config names."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}")
+    return ACTIVATIONS[name]()
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with an activation between, a norm, and the input added."""
+
+    def __init__(self, channels: int, norm_type: str, act_fn: str) -> None:
+        super().__init__()
+        self.nonlinearity = activation(act_fn)
+        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.norm = channel_norm(norm_type, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.norm(self.conv2(self.nonlinearity(self.conv1(x))))
+
+
+class MultiscaleProjection(nn.Module):
+    """Query, key and value gathered from a neighbourhood: a depthwise convolution, then one matrix per head."""
+
+    def __init__(self, inner_dim: int, num_heads: int, kernel_size: int) -> None:
+        super().__init__()
+        channels = 3 * inner_dim
+        self.proj_in = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1, groups=3 * num_heads, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj_out(self.proj_in(x))
+
+
+class MultiscaleLinearAttention(nn.Module):
+    """ReLU linear attention whose extra heads look through larger kernels (EfficientViT), with the input added.
+
+    The three projections are thirds of one matrix, not query, key and value: their concatenated output is split per
+    head into blocks of 3 `head_dim` (query, key, value), as the published weights demand.
+    """
+
+    def __init__(self, channels: int, head_dim: int, kernel_sizes: Sequence[int], norm_type: str) -> None:
+        super().__init__()
+        num_heads = channels // head_dim
+        inner_dim = num_heads * head_dim
+        self.head_dim = head_dim
+        self.to_q = nn.Linear(channels, inner_dim, bias=False)
+        self.to_k = nn.Linear(channels, inner_dim, bias=False)
+        self.to_v = nn.Linear(channels, inner_dim, bias=False)
+        self.to_qkv_multiscale = nn.ModuleList(
+            MultiscaleProjection(inner_dim, num_heads, kernel_size) for kernel_size in kernel_sizes
+        )
+        self.to_out = nn.Linear(inner_dim * (1 + len(kernel_sizes)), channels, bias=False)
+        self.norm_out = channel_norm(norm_type, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[-2:]
+        pixels = x.movedim(1, -1)  # B H W C
+        thirds = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1)  # B H W 3D
+        scales = [thirds, *(scale(thirds.movedim(-1, 1)).movedim(1, -1) for scale in self.to_qkv_multiscale)]
+        heads = torch.cat(scales, dim=-1).flatten(1, 2).unflatten(-1, (-1, 3, self.head_dim))  # B N heads 3 d
+        attended = linear_attention(*heads.unbind(3)).flatten(2).unflatten(1, (height, width))
+        return x + self.norm_out(self.to_out(attended).movedim(-1, 1))
+
+
+class EfficientViTBlock(nn.Module):
+    """Multi-scale linear attention for the context, a gated mix-FFN for the detail."""
+
+    def __init__(self, channels: int, head_dim: int, kernel_sizes: Sequence[int], norm_type: str) -> None:
+        super().__init__()
+        self.attn = MultiscaleLinearAttention(channels, head_dim, kernel_sizes, norm_type)
+        self.conv_out = GLUMBConv(channels, channels, norm_type="rms_norm")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv_out(self.attn(x))
+
+
+def make_block(
+    block_type: str, channels: int, head_dim: int, norm_type: str, act_fn: str, kernel_sizes: Sequence[int]
+) -> nn.Module:
+    """The block that a config names: "ResBlock" or "EfficientViTBlock"."""
+    if block_type == "ResBlock":
+        return ResBlock(channels, norm_type, act_fn)
+    if block_type == "EfficientViTBlock":
+        return EfficientViTBlock(channels, head_dim, kernel_sizes, norm_type)
+    raise ValueError(f'block type must be "ResBlock" or "EfficientViTBlock", got {block_type!r}')

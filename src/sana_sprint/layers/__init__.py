@@ -1,0 +1,1 @@
+"""Modules and functions without configuration, shared by transformer and autoencoder."""
