@@ -1,0 +1,1 @@
+"""Prompts to Gemma-2 embeddings and an attention mask."""

@@ -1,0 +1,157 @@
+"""Prompts to Gemma-2 embeddings and an attention mask, checked, selected and repeated for the images to be drawn.
+
+B prompts, L text tokens that are kept, C width of the text encoder.
+"""
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from sana_sprint.text.cleaning import normalise
+from sana_sprint.text.instruction import instruction_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class PromptEmbeddings(NamedTuple):
+    """What `encode_prompts` returns.
+
+    Attributes:
+        embeds: (B, L, C).
+        mask: (B, L), integers, 1 for a token and 0 for padding.
+        cut: For each prompt the text at its end that was too much for L tokens, or None.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+    cut: tuple[str | None, ...]
+
+
+def check_prompt(prompt: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list.
+
+    Raises:
+        ValueError: if it is anything but a string or a non-empty list or tuple of strings.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, (list, tuple)) or len(prompt) == 0:
+        raise ValueError(f"prompt must be a string or a non-empty list of strings, got {prompt!r}")
+    for position, text in enumerate(prompt):
+        if not isinstance(text, str):
+            raise ValueError(f"prompt must hold strings only, got {text!r} at position {position}")
+    return list(prompt)
+
+
+def check_embeds(prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor | None) -> None:
+    """Refuse embeddings and a mask that do not belong together.
+
+    Raises:
+        ValueError: unless they are (B, L, C) and (B, L) for one B and one L.
+    """
+    if prompt_attention_mask is None:
+        raise ValueError("prompt_embeds need their prompt_attention_mask, got None")
+    embeds, mask = tuple(prompt_embeds.shape), tuple(prompt_attention_mask.shape)
+    if len(embeds) != 3 or mask != embeds[:2]:
+        raise ValueError(
+            "prompt_embeds must be (batch, length, width) and prompt_attention_mask (batch, length) with the same "
+            f"batch and length, got {embeds} and {mask}"
+        )
+
+
+def repeat_for_images(
+    prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor, num_images_per_prompt: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings and mask for every image: all images of the first prompt, then all of the second, and so on.
+
+    Returns:
+        (B * images, L, C) and (B * images, L).
+
+    Raises:
+        ValueError: if the two do not fit each other, or for a number of images below 1.
+    """
+    check_embeds(prompt_embeds, prompt_attention_mask)
+    if not isinstance(num_images_per_prompt, Integral) or num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt must be a whole number from 1, got {num_images_per_prompt!r}")
+    repeats = int(num_images_per_prompt)
+    return prompt_embeds.repeat_interleave(repeats, dim=0), prompt_attention_mask.repeat_interleave(repeats, dim=0)
+
+
+def _tokenize(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[str | None, ...]]:
+    """Token ids and mask (B, length), padded on the right, and of each text what did not fit."""
+    # The side is an argument, so that the caller's tokenizer keeps its own: Gemma's pads on the left by default.
+    padded = tokenizer(
+        texts,
+        padding="max_length",
+        padding_side="right",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    )
+
+    room = length - tokenizer.num_special_tokens_to_add(pair=False)
+    cut: list[str | None] = []
+    for text, is_full in zip(texts, padded.attention_mask.all(dim=1).tolist(), strict=True):
+        # Only a text that fills its row can have been cut, and most do not: they are not tokenized again.
+        excess = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[room:] if is_full else []
+        cut.append(str(tokenizer.decode(excess)) if excess else None)
+    return padded.input_ids, padded.attention_mask, tuple(cut)
+
+
+def _first_and_last(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, N, ...) to (B, length, ...): the start-of-text token, then the last ones."""
+    return torch.cat([tokens[:, :1], tokens[:, tokens.shape[1] - (length - 1) :]], dim=1)
+
+
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase",
+    text_encoder: "PreTrainedModel",
+    prompts: str | Sequence[str],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    max_sequence_length: int = 300,
+    instruction: Sequence[str] | None = None,
+    clean_caption: bool = False,
+) -> PromptEmbeddings:
+    """The last hidden state of the text encoder for each prompt, with an instruction read before it.
+
+    The prompt, in lower case, directly follows the instruction. Of the tokens of both, the start-of-text token and the
+    last L - 1 are kept: the instruction colours the embeddings of the prompt without taking its place in them, but for
+    its last token. A prompt of more than L - 2 tokens (without an instruction L - 1) is cut.
+
+    Args:
+        tokenizer: Gemma's; left as it is.
+        text_encoder: Gemma-2 without its language head.
+        prompts: One or several.
+        device: Where the text encoder computes; the result stays there.
+        dtype: Of the embeddings returned.
+        max_sequence_length: L, the number of tokens kept.
+        instruction: Lines before the prompt, such as `instruction.COMPLEX_HUMAN_INSTRUCTION`; None for none.
+        clean_caption: Whether to remove what captions from the web are full of: `cleaning.clean_caption`.
+
+    Raises:
+        ValueError: for prompts or an instruction that are no strings, or a length below 1.
+        ImportError: if `clean_caption` needs a package that is not installed.
+    """
+    if max_sequence_length < 1:
+        raise ValueError(f"max_sequence_length must be at least 1, got {max_sequence_length}")
+    prefix = instruction_prefix(instruction)
+    texts = [prefix + normalise(text, clean_caption) for text in check_prompt(prompts)]
+    # Two of the instruction's tokens have a place among the L: the first one and the last one.
+    length = max_sequence_length + (len(tokenizer.encode(prefix)) - 2 if prefix else 0)
+
+    input_ids, mask, cut = _tokenize(tokenizer, texts, length)
+    mask = mask.to(device)
+    # Nothing is generated, so no keys and values are kept.
+    hidden_states = text_encoder(input_ids.to(device), attention_mask=mask, use_cache=False)[0]
+    return PromptEmbeddings(
+        embeds=_first_and_last(hidden_states.to(device, dtype), max_sequence_length),
+        mask=_first_and_last(mask, max_sequence_length),
+        cut=cut,
+    )
