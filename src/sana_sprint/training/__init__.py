@@ -1,0 +1,1 @@
+"""Data and settings to trained weights, stage by stage."""

@@ -1,0 +1,94 @@
+"""Pictures to a trained DC-AE: reconstruction with noisy, whitened latents."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..autoencoder.model import AutoencoderDC
+from .data import PicturePool, to_tensor
+from .loop import Draws, OptimiserSettings, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSettings:
+    """The network, the losses' weights and the length of the stage."""
+
+    config: dict[str, Any]
+    optimiser: OptimiserSettings
+    square_weight: float = 0.5
+    gradient_weight: float = 0.5
+    # Standard deviation of the noise on unit-variance latents: the decoder learns to forgive the flow's errors.
+    latent_noise: float = 0.1
+    whiten_weight: float = 0.05
+    compile: bool = True
+
+
+def gradient_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of neighbouring pixels' differences: edges count, flat areas do not."""
+    difference = a - b
+    return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+
+
+def whitening_loss(latents: torch.Tensor) -> torch.Tensor:
+    """How far the channels of (B, C, H, W) are from mean 0 and standard deviation 1; a flow learns those best."""
+    deviation, mean = torch.std_mean(latents.float(), dim=(0, 2, 3))
+    return (mean.square() + (deviation - 1).square()).mean()
+
+
+def reconstruction_losses(
+    vae: AutoencoderDC, pixels: torch.Tensor, draws: Draws, settings: AutoencoderSettings
+) -> dict[str, torch.Tensor]:
+    """Losses of one batch of pictures (B, 3, H, W) in [-1, 1]."""
+    latents = vae.encode(pixels, return_dict=False)[0]
+    noise = torch.randn(latents.shape, generator=draws.torch).to(latents)
+    decoded = vae.decode(latents + settings.latent_noise * noise, return_dict=False)[0].float()
+    absolute, square = F.l1_loss(decoded, pixels), F.mse_loss(decoded, pixels)
+    whiteness = whitening_loss(latents)
+    loss = (
+        absolute
+        + settings.square_weight * square
+        + settings.gradient_weight * gradient_difference(decoded, pixels)
+        + settings.whiten_weight * whiteness
+    )
+    return {"loss": loss, "absolute": absolute, "square": square, "whiteness": whiteness}
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderDC, pictures: np.ndarray, batch_size: int = 256) -> torch.Tensor:
+    """Unscaled latents (M, C, h, w) float32 of pictures (M, H, W, 3) uint8."""
+    parts = [
+        vae.encode(to_tensor(pictures[start : start + batch_size]), return_dict=False)[0]
+        for start in range(0, len(pictures), batch_size)
+    ]
+    return torch.cat(parts).contiguous()
+
+
+@torch.no_grad()
+def peak_signal_to_noise(vae: AutoencoderDC, pictures: np.ndarray) -> float:
+    """Mean PSNR in decibels of pictures encoded and decoded without noise."""
+    pixels = to_tensor(pictures)
+    decoded = vae(pixels, return_dict=False)[0].clamp(-1, 1)
+    error = (decoded - pixels).square().mean(dim=(1, 2, 3)) / 4  # of a peak of 1
+    return float((-10 * error.log10()).mean())
+
+
+def train_autoencoder(pool: PicturePool, settings: AutoencoderSettings, folder: Path) -> AutoencoderDC:
+    """Train a DC-AE on a pool of pictures; its `scaling_factor` makes the latents of the pool unit variance."""
+    torch.manual_seed(settings.optimiser.seed)
+    vae = AutoencoderDC(**settings.config).to(memory_format=torch.channels_last)
+    if settings.compile:
+        vae.encoder.compile()
+        vae.decoder.compile()
+
+    def losses(draws: Draws) -> dict[str, torch.Tensor]:
+        pixels = pool.batch(draws.numpy, settings.optimiser.batch_size)
+        return reconstruction_losses(vae, pixels, draws, settings)
+
+    average = train(vae, losses, settings.optimiser, folder, "autoencoder")
+    deviation = encode_pictures(average, pool.pictures[:4096]).std().item()
+    average.register_to_config(scaling_factor=round(1 / deviation, 5))
+    return average

@@ -1,0 +1,209 @@
+"""Latents with captions to a trained flow transformer, first plain, then with its guidance built in.
+
+B batch, C channels, h w latent grid, L text tokens, M examples. Flow time runs from 0 clean to 1 noise.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Gemma2Model, GemmaTokenizer
+
+from ..layers.attention import SanaAttention
+from ..layers.embeddings import TimeGuidanceEmbedding
+from ..text.encoder import encode_prompts
+from ..text.instruction import COMPLEX_HUMAN_INSTRUCTION
+from ..transformer.model import SanaTransformer2DModel
+from .loop import Draws, OptimiserSettings, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSettings:
+    """The network, the objective and the length of both stages."""
+
+    config: dict[str, Any]
+    optimiser: OptimiserSettings
+    guidance_optimiser: OptimiserSettings
+    # Share of the captions replaced by the empty one, which guidance needs a velocity for.
+    caption_dropout: float = 0.1
+    guidance_range: tuple[float, float] = (1.0, 6.0)
+    compile: bool = True
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """What one step learns from."""
+
+    clean: torch.Tensor  # B C h w, unit variance
+    caption: torch.Tensor  # B L width
+    mask: torch.Tensor  # B L
+
+
+@dataclass(frozen=True)
+class FlowData:
+    """All latents, already scaled, and the text features of their captions; the last caption is the empty one."""
+
+    latents: torch.Tensor  # M C h w
+    captions: torch.Tensor  # M + 1 L width
+    masks: torch.Tensor  # M + 1 L
+
+    def batch(self, draws: Draws, size: int, caption_dropout: float) -> FlowBatch:
+        chosen = torch.from_numpy(draws.numpy.integers(len(self.latents), size=size))
+        is_dropped = torch.from_numpy(draws.numpy.random(size) < caption_dropout)
+        texts = torch.where(is_dropped, len(self.latents), chosen)
+        return FlowBatch(self.latents[chosen], self.captions[texts].float(), self.masks[texts])
+
+    def empty_caption(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and mask of the empty caption, `size` times."""
+        return self.captions[-1:].float().expand(size, -1, -1), self.masks[-1:].expand(size, -1)
+
+
+@torch.no_grad()
+def encode_captions(
+    tokenizer: GemmaTokenizer, text_encoder: Gemma2Model, captions: list[str], length: int, batch_size: int = 512
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (M + 1, length, width) in bfloat16 and masks of captions as a pipeline encodes them, then of "".
+
+    The empty caption stands without the instruction, as in SANA's unconditional text.
+    """
+    text_encoder.eval()
+
+    def encode(texts: list[str], instruction: tuple[str, ...] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded = encode_prompts(
+            tokenizer,
+            text_encoder,
+            texts,
+            device="cpu",
+            dtype=torch.bfloat16,
+            max_sequence_length=length,
+            instruction=instruction,
+        )
+        if any(encoded.cut):
+            raise ValueError(f"captions must fit {length} tokens, cut: {[cut for cut in encoded.cut if cut][:3]}")
+        # Padding is masked; zeros keep its hidden states from mattering to anything.
+        return encoded.embeds * encoded.mask[:, :, None].to(torch.bfloat16), encoded.mask
+
+    starts = tqdm(range(0, len(captions), batch_size), desc="encoding captions", unit="batch", dynamic_ncols=True)
+    parts = [encode(captions[start : start + batch_size], COMPLEX_HUMAN_INSTRUCTION) for start in starts]
+    parts.append(encode([""], None))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def draw_times(draws: Draws, size: int) -> torch.Tensor:
+    """Flow times (B,): the logistic function of a standard normal (Esser et al., 2024)."""
+    return torch.randn(size, generator=draws.torch).sigmoid()
+
+
+def noisy_latents(clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """Latents at flow time `time` (B,) on the straight line from data to noise."""
+    return torch.lerp(clean, noise, time.view(-1, 1, 1, 1))
+
+
+def time_guidance_embedding(transformer: SanaTransformer2DModel) -> TimeGuidanceEmbedding:
+    """The module that embeds time and guidance scale.
+
+    Raises:
+        ValueError: if the transformer embeds no guidance.
+    """
+    if not isinstance(transformer.time_embed, TimeGuidanceEmbedding):
+        raise ValueError("the transformer must embed its guidance: its config needs guidance_embeds=True")
+    return transformer.time_embed
+
+
+def initialise(transformer: SanaTransformer2DModel) -> None:
+    """Start where training is stable: no modulation, a silent output, and a guidance embedding that adds nothing."""
+    embedding = time_guidance_embedding(transformer)
+    time, guidance = embedding.timestep_embedder, embedding.guidance_embedder
+    for layer in (time.linear_1, time.linear_2, guidance.linear_1):
+        nn.init.normal_(layer.weight, std=0.02)
+    for layer in (guidance.linear_2, embedding.linear, transformer.proj_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def predict_velocity(
+    transformer: SanaTransformer2DModel,
+    latents: torch.Tensor,
+    time: torch.Tensor,
+    caption: torch.Tensor,
+    mask: torch.Tensor,
+    guidance: torch.Tensor,
+) -> torch.Tensor:
+    """Velocity (B, C, h, w) at guidance scales (B,), in float32."""
+    return transformer(
+        latents,
+        encoder_hidden_states=caption,
+        timestep=time,
+        guidance=guidance * transformer.config.guidance_embeds_scale,
+        encoder_attention_mask=mask,
+        return_dict=False,
+    )[0].float()
+
+
+def train_flow(data: FlowData, settings: FlowSettings, folder: Path) -> SanaTransformer2DModel:
+    """Flow matching with caption dropout: predict noise minus data (Lipman et al., 2023; Liu et al., 2023)."""
+    torch.manual_seed(settings.optimiser.seed)
+    transformer = SanaTransformer2DModel(**settings.config)
+    initialise(transformer)
+    # The guidance embedding waits for its stage, and adds zero until then.
+    time_guidance_embedding(transformer).guidance_embedder.requires_grad_(False)
+    _prepare(transformer, settings.compile)
+
+    def losses(draws: Draws) -> dict[str, torch.Tensor]:
+        batch = data.batch(draws, settings.optimiser.batch_size, settings.caption_dropout)
+        noise = torch.randn(batch.clean.shape, generator=draws.torch)
+        time = draw_times(draws, len(noise))
+        latents = noisy_latents(batch.clean, noise, time)
+        velocity = predict_velocity(transformer, latents, time, batch.caption, batch.mask, torch.ones(len(noise)))
+        return {"loss": F.mse_loss(velocity, noise - batch.clean)}
+
+    average = train(transformer, losses, settings.optimiser, folder, "flow")
+    time_guidance_embedding(average).guidance_embedder.requires_grad_(True)
+    return average
+
+
+def train_guidance(
+    teacher: SanaTransformer2DModel, data: FlowData, settings: FlowSettings, folder: Path
+) -> SanaTransformer2DModel:
+    """Teach the guidance embedding: one pass predicts what two passes and a guidance scale give (Meng et al., 2023).
+
+    The scale is drawn per example; the teacher's guided velocity v_empty + w (v_caption - v_empty) is the target. The
+    empty caption stays as it is at every scale.
+    """
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    teacher = teacher.eval().requires_grad_(False)
+    low, high = settings.guidance_range
+    _prepare(student, settings.compile)
+    _prepare(teacher, settings.compile)
+
+    def losses(draws: Draws) -> dict[str, torch.Tensor]:
+        batch = data.batch(draws, settings.guidance_optimiser.batch_size, settings.caption_dropout)
+        size = len(batch.clean)
+        noise = torch.randn(batch.clean.shape, generator=draws.torch)
+        time = draw_times(draws, size)
+        latents = noisy_latents(batch.clean, noise, time)
+        guidance = low + (high - low) * torch.rand(size, generator=draws.torch)
+        empty, empty_mask = data.empty_caption(size)
+        with torch.no_grad():
+            ones = torch.ones(size)
+            with_caption = predict_velocity(teacher, latents, time, batch.caption, batch.mask, ones)
+            without = predict_velocity(teacher, latents, time, empty, empty_mask, ones)
+        target = torch.lerp(without, with_caption, guidance.view(-1, 1, 1, 1))
+        velocity = predict_velocity(student, latents, time, batch.caption, batch.mask, guidance)
+        return {"loss": F.mse_loss(velocity, target)}
+
+    return train(student, losses, settings.guidance_optimiser, folder, "guidance")
+
+
+def _prepare(transformer: SanaTransformer2DModel, compile: bool) -> None:
+    for module in transformer.modules():
+        if isinstance(module, SanaAttention):
+            # The backward pass of the fused kernel takes ten times as long on a CPU, for the few tokens of a caption.
+            module.set_attention_backend("_native_math")  # type: ignore[operator]
+    if compile:
+        transformer.compile()

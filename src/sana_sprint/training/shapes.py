@@ -1,0 +1,257 @@
+"""A recipe to the embedded checkpoint: every stage of training on the shapes world, in order, each resumable."""
+
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import FlowMatchEulerDiscreteScheduler
+from transformers import Gemma2Model, GemmaTokenizer
+
+from ..autoencoder.model import AutoencoderDC
+from ..transformer.model import SanaTransformer2DModel
+from .autoencoder import AutoencoderSettings, encode_pictures, peak_signal_to_noise, train_autoencoder
+from .data import PicturePool, picture_pool
+from .flow import FlowData, FlowSettings, encode_captions, train_flow, train_guidance
+from .language import LanguageSettings, train_language_model
+from .loop import OptimiserSettings, write_whole
+
+STAGES = ("autoencoder", "language", "flow", "guidance", "assemble")
+
+# Width of the text features, and so of the captions the transformer reads.
+_TEXT_WIDTH = 128
+_LATENT_CHANNELS = 16
+_STAGE_WIDTHS = (32, 48, 96, 128)
+
+
+def _autoencoder_settings() -> AutoencoderSettings:
+    config = {
+        "latent_channels": _LATENT_CHANNELS,
+        "encoder_block_out_channels": _STAGE_WIDTHS,
+        "decoder_block_out_channels": _STAGE_WIDTHS,
+        # No blocks at full resolution: stem and head resample instead, which is where most of the time would go.
+        "encoder_layers_per_block": (0, 1, 1, 1),
+        "decoder_layers_per_block": (0, 2, 2, 2),
+        "encoder_qkv_multiscales": ((), (), (), ()),
+        "decoder_qkv_multiscales": ((), (), (), ()),
+        "decoder_conv_act_fn": "silu",
+    }
+    optimiser = OptimiserSettings(
+        steps=5000, batch_size=32, learning_rate=1e-3, warmup_steps=300, weight_decay=0.0, ema_decay=0.998, seed=11
+    )
+    return AutoencoderSettings(config=config, optimiser=optimiser)
+
+
+def _language_settings() -> LanguageSettings:
+    config = {
+        "hidden_size": _TEXT_WIDTH,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "max_position_embeddings": 1024,
+        "sliding_window": 1024,
+        # The attention kernels that transformers may choose treat the cap differently; without it they agree.
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
+    optimiser = OptimiserSettings(
+        steps=800, batch_size=64, learning_rate=2e-3, warmup_steps=100, ema_decay=0.99, seed=12
+    )
+    return LanguageSettings(vocabulary_size=1024, config=config, optimiser=optimiser)
+
+
+def _flow_settings() -> FlowSettings:
+    config = {
+        "in_channels": _LATENT_CHANNELS,
+        "out_channels": _LATENT_CHANNELS,
+        "num_attention_heads": 6,
+        "attention_head_dim": 32,
+        "num_layers": 5,
+        "num_cross_attention_heads": 6,
+        "cross_attention_head_dim": 32,
+        "cross_attention_dim": 192,
+        "caption_channels": _TEXT_WIDTH,
+        "sample_size": 8,
+        "interpolation_scale": 1.0,
+        "guidance_embeds": True,
+        "qk_norm": "rms_norm_across_heads",
+    }
+    return FlowSettings(
+        config=config,
+        optimiser=OptimiserSettings(steps=8000, batch_size=64, learning_rate=1e-3, warmup_steps=300, seed=13),
+        guidance_optimiser=OptimiserSettings(
+            steps=800, batch_size=64, learning_rate=3e-4, warmup_steps=50, ema_decay=0.995, seed=14
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesRecipe:
+    """All settings of the embedded checkpoint. With 1 CPU core, the stages take about 0.4, 0.2, 1.2 and 0.2 hours."""
+
+    picture_size: int = 64
+    num_pictures: int = 60_000
+    pool_seed: int = 1
+    max_caption_tokens: int = 40
+    autoencoder: AutoencoderSettings = field(default_factory=_autoencoder_settings)
+    language: LanguageSettings = field(default_factory=_language_settings)
+    flow: FlowSettings = field(default_factory=_flow_settings)
+
+
+def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: int = 8) -> ShapesRecipe:
+    """The same recipe with so few steps, on so few pictures, that it shows that everything runs, and nothing more."""
+
+    def fewer(settings: OptimiserSettings) -> OptimiserSettings:
+        return replace(settings, steps=steps, batch_size=batch_size, warmup_steps=1)
+
+    flow = recipe.flow
+    return replace(
+        recipe,
+        num_pictures=num_pictures,
+        autoencoder=replace(recipe.autoencoder, optimiser=fewer(recipe.autoencoder.optimiser), compile=False),
+        language=replace(recipe.language, optimiser=fewer(recipe.language.optimiser)),
+        flow=replace(
+            flow,
+            optimiser=fewer(flow.optimiser),
+            guidance_optimiser=fewer(flow.guidance_optimiser),
+            compile=False,
+        ),
+    )
+
+
+class ShapesTraining:
+    """The stages of a recipe in a folder; each leaves its result there, where the next one and a second run find it."""
+
+    def __init__(self, folder: Path, recipe: ShapesRecipe) -> None:
+        self.folder = folder
+        self.recipe = recipe
+
+    def run(self, stages: Sequence[str] = STAGES) -> Path:
+        """Run the stages named, in order; return the folder of the assembled checkpoint.
+
+        Raises:
+            ValueError: for an unknown stage, or one whose predecessor has left no result.
+        """
+        unknown = [stage for stage in stages if stage not in STAGES]
+        if unknown:
+            raise ValueError(f"stages must be of {', '.join(STAGES)}, got {', '.join(unknown)}")
+        for stage in STAGES:
+            if stage in stages:
+                getattr(self, stage)()
+        return self.folder / "checkpoint"
+
+    def pool(self) -> PicturePool:
+        recipe = self.recipe
+        return picture_pool(self.folder / "pool", recipe.num_pictures, recipe.picture_size, recipe.pool_seed)
+
+    def autoencoder(self) -> None:
+        vae = train_autoencoder(self.pool(), self.recipe.autoencoder, self.folder / "autoencoder" / "run")
+        vae.save_pretrained(self.folder / "autoencoder" / "vae")
+
+    def language(self) -> None:
+        captions = self.pool().captions
+        tokenizer, model = train_language_model(captions, self.recipe.language, self.folder / "language" / "run")
+        tokenizer.save_pretrained(self.folder / "language" / "tokenizer")
+        model.save_pretrained(self.folder / "language" / "text_encoder")
+
+    def flow(self) -> None:
+        transformer = train_flow(self._flow_data(), self.recipe.flow, self.folder / "flow" / "run")
+        transformer.save_pretrained(self.folder / "flow" / "transformer")
+
+    def guidance(self) -> None:
+        teacher = SanaTransformer2DModel.from_pretrained(self._result("flow", "transformer"))
+        transformer = train_guidance(teacher, self._flow_data(), self.recipe.flow, self.folder / "guidance" / "run")
+        transformer.save_pretrained(self.folder / "guidance" / "transformer")
+
+    def assemble(self) -> None:
+        """Write the checkpoint in diffusers layout, in bfloat16, with a record of how it was made."""
+        checkpoint = self.folder / "checkpoint"
+        partial = self.folder / "checkpoint.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        transformer = SanaTransformer2DModel.from_pretrained(
+            self._result("guidance", "transformer"), torch_dtype=torch.bfloat16
+        )
+        transformer.save_pretrained(partial / "transformer")
+        self._vae(torch.bfloat16).save_pretrained(partial / "vae")
+        text_encoder = Gemma2Model.from_pretrained(self._result("language", "text_encoder"), dtype=torch.bfloat16)
+        text_encoder.save_pretrained(partial / "text_encoder")
+        GemmaTokenizer.from_pretrained(self._result("language", "tokenizer")).save_pretrained(partial / "tokenizer")
+        FlowMatchEulerDiscreteScheduler().save_pretrained(partial / "scheduler")
+        _write_json(partial / "model_index.json", _model_index())
+        _write_json(partial / "training.json", self._record())
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        partial.rename(checkpoint)
+
+    def _record(self) -> dict[str, Any]:
+        """The settings, versions and losses that made the checkpoint."""
+        logs = {stage: self.folder / stage / "run" / "log.jsonl" for stage in STAGES[:-1]}
+        pictures = self.pool().pictures[:512]
+        return {
+            "command": "sana-sprint train shapes",
+            "recipe": asdict(self.recipe),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "transformers": transformers.__version__,
+                "numpy": np.__version__,
+            },
+            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+            "reconstruction_decibels": round(peak_signal_to_noise(self._vae(torch.float32), pictures), 2),
+            "losses": {stage: _thinned(path) for stage, path in logs.items()},
+        }
+
+    def _vae(self, dtype: torch.dtype) -> AutoencoderDC:
+        return AutoencoderDC.from_pretrained(self._result("autoencoder", "vae"), torch_dtype=dtype).eval()
+
+    def _flow_data(self) -> FlowData:
+        """Latents and text features of the pool; computed once, then read from the folder."""
+        cache = self.folder / "flow" / "data.pt"
+        if not cache.exists():
+            pool, vae = self.pool(), self._vae(torch.float32).to(memory_format=torch.channels_last)
+            latents = encode_pictures(vae, pool.pictures) * vae.config.scaling_factor
+            tokenizer = GemmaTokenizer.from_pretrained(self._result("language", "tokenizer"))
+            text_encoder = Gemma2Model.from_pretrained(self._result("language", "text_encoder"))
+            captions, masks = encode_captions(tokenizer, text_encoder, pool.captions, self.recipe.max_caption_tokens)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(cache, lambda partial: torch.save((latents, captions, masks), partial))
+        return FlowData(*torch.load(cache, weights_only=True))
+
+    def _result(self, stage: str, name: str) -> Path:
+        path = self.folder / stage / name
+        if not path.is_dir():
+            raise ValueError(f"stage {stage!r} has left no result in {path}: run it first")
+        return path
+
+
+def _model_index() -> dict[str, Any]:
+    return {
+        "_class_name": "SanaSprintPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Gemma2Model"],
+        "tokenizer": ["transformers", "GemmaTokenizer"],
+        "transformer": ["diffusers", "SanaTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderDC"],
+    }
+
+
+def _thinned(log: Path, most: int = 60) -> list[dict[str, float]]:
+    """At most `most` entries of a log, evenly apart, the last one among them."""
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    stride = max(1, -(-len(entries) // most))
+    return entries[::-1][::stride][::-1]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,155 @@
+"""The stages of the shapes recipe, run end to end with few steps, and what their losses promise."""
+
+import json
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from sana_sprint import SanaSprintPipeline
+from sana_sprint.training.autoencoder import gradient_difference, whitening_loss
+from sana_sprint.training.data import to_pictures, to_tensor
+from sana_sprint.training.flow import (
+    FlowData,
+    initialise,
+    noisy_latents,
+    predict_velocity,
+    time_guidance_embedding,
+    train_guidance,
+)
+from sana_sprint.training.language import train_tokenizer
+from sana_sprint.training.loop import Draws
+from sana_sprint.training.shapes import STAGES, ShapesRecipe, ShapesTraining, shortened
+from sana_sprint.transformer.model import SanaTransformer2DModel
+
+RECIPE = shortened(ShapesRecipe(), steps=2, num_pictures=64)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which all stages have run, for two steps each."""
+    folder = tmp_path_factory.mktemp("shapes")
+    ShapesTraining(folder, RECIPE).run()
+    return folder
+
+
+def test_the_assembled_folder_draws_in_our_pipeline_and_loads_in_diffusers(trained):
+    ours = SanaSprintPipeline.from_pretrained(trained / "checkpoint")
+    ours.set_progress_bar_config(disable=True)
+    picture = ours("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert picture.size == (64, 64)
+    theirs = diffusers.SanaSprintPipeline.from_pretrained(trained / "checkpoint")
+    assert type(theirs.transformer) is diffusers.SanaTransformer2DModel
+    for name in ("transformer", "vae"):
+        ours_state, their_state = (getattr(pipe, name).state_dict() for pipe in (ours, theirs))
+        assert ours_state.keys() == their_state.keys()
+        assert all(torch.equal(ours_state[key], their_state[key]) for key in ours_state)
+
+
+def test_the_assembled_folder_records_how_it_was_made(trained):
+    record = json.loads((trained / "checkpoint" / "training.json").read_text())
+    assert record["recipe"]["flow"]["optimiser"]["seed"] == RECIPE.flow.optimiser.seed
+    assert record["versions"]["torch"] == torch.__version__
+    assert {stage: losses[-1]["step"] for stage, losses in record["losses"].items()} == dict.fromkeys(STAGES[:-1], 2)
+
+
+def test_a_second_run_finds_every_stage_done_and_changes_nothing(trained):
+    weights = trained / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    ShapesTraining(trained, RECIPE).run()
+    assert weights.read_bytes() == before
+
+
+def test_a_stage_before_its_predecessor_names_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="stage 'autoencoder' has left no result"):
+        ShapesTraining(tmp_path, RECIPE).run(["flow"])
+    with pytest.raises(ValueError, match="stages must be of autoencoder, language"):
+        ShapesTraining(tmp_path, RECIPE).run(["flwo"])
+
+
+def test_no_training_caption_is_held_out(trained):
+    from sana_sprint.shapes.captions import is_held_out
+
+    captions = ShapesTraining(trained, RECIPE).pool().captions
+    assert len(captions) == RECIPE.num_pictures
+    assert not any(is_held_out(caption) for caption in captions)
+
+
+def test_pictures_survive_the_way_to_tensors_and_back():
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    assert np.array_equal(to_pictures(to_tensor(pictures)), pictures)
+
+
+def test_white_latents_cost_nothing_and_shifted_or_scaled_ones_do():
+    latents = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert whitening_loss(latents) < 1e-3
+    assert whitening_loss(latents + 1) == pytest.approx(1, rel=0.05)
+    assert whitening_loss(latents * 3) == pytest.approx(4, rel=0.05)
+
+
+def test_gradient_difference_sees_edges_and_not_brightness():
+    flat = torch.zeros(1, 3, 8, 8)
+    edge = flat.clone()
+    edge[..., 4:] = 1
+    assert gradient_difference(flat, flat + 0.5) == 0
+    assert gradient_difference(flat, edge) == pytest.approx(1 / 7)
+
+
+def test_latents_run_straight_from_data_to_noise():
+    clean, noise = torch.zeros(3, 1, 1, 1), torch.ones(3, 1, 1, 1)
+    assert noisy_latents(clean, noise, torch.tensor([0.0, 0.25, 1.0])).flatten().tolist() == [0.0, 0.25, 1.0]
+
+
+def tiny_flow():
+    """A transformer with weights that matter, and data for it."""
+    torch.manual_seed(0)
+    config = {**RECIPE.flow.config, "num_layers": 1}
+    transformer = SanaTransformer2DModel(**config)
+    generator = torch.Generator().manual_seed(1)
+    data = FlowData(
+        torch.randn(8, 16, 8, 8, generator=generator),
+        torch.randn(9, 5, 128, generator=generator).bfloat16(),
+        torch.ones(9, 5, dtype=torch.long),
+    )
+    return transformer, data
+
+
+def test_a_fresh_transformer_is_silent_and_blind_to_guidance():
+    transformer, data = tiny_flow()
+    torch.nn.init.normal_(transformer.proj_out.weight)
+    initialise(transformer)
+    arguments = (data.latents, torch.full((8,), 0.5), data.captions[:8].float(), data.masks[:8])
+    assert predict_velocity(transformer, *arguments, torch.ones(8)).abs().max() == 0
+    torch.nn.init.normal_(transformer.proj_out.weight)
+    assert torch.equal(*(predict_velocity(transformer, *arguments, torch.full((8,), w)) for w in (1.0, 5.0)))
+
+
+def test_guidance_training_starts_with_no_loss_at_scale_one_and_leaves_the_teacher_alone(tmp_path):
+    transformer, data = tiny_flow()
+    torch.nn.init.zeros_(time_guidance_embedding(transformer).guidance_embedder.linear_2.weight)
+    before = {key: value.clone() for key, value in transformer.state_dict().items()}
+    settings = replace(RECIPE.flow, config={}, guidance_range=(1.0, 1.0))
+    train_guidance(transformer, data, settings, tmp_path)
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    # Two passes of one network in bfloat16 autocast, of which one interpolates: equal up to its rounding.
+    assert first["loss"] < 1e-3
+    assert all(torch.equal(before[key], value) for key, value in transformer.state_dict().items())
+
+
+def test_dropped_captions_are_the_empty_one():
+    _, data = tiny_flow()
+    batch = data.batch(Draws.of_step(0, 0), 6, caption_dropout=1.0)
+    assert torch.equal(batch.caption, data.empty_caption(6)[0])
+    kept = data.batch(Draws.of_step(0, 0), 6, caption_dropout=0.0)
+    assert not torch.equal(kept.caption, batch.caption)
+    assert torch.equal(kept.clean, batch.clean)
+
+
+def test_the_tokenizer_gives_known_words_a_token_each_and_any_text_back():
+    tokenizer = train_tokenizer(["a red circle", "a blue square, please"] * 50, vocabulary_size=400)
+    assert tokenizer.tokenize("a red circle") == ["a", "▁red", "▁circle"]
+    assert tokenizer.tokenize("square, please")[-2:] == [",", "▁please"]
+    for text in ("a red circle", "Zürich 北京 🐈"):
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
