@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..layers.attention import linear_attention
-from ..layers.feed_forward import GLUMBConv
-from ..layers.norms import channel_norm
+from sana_sprint.layers.attention import linear_attention
+from sana_sprint.layers.feed_forward import GLUMBConv
+from sana_sprint.layers.norms import channel_norm
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "relu6": nn.ReLU6, "gelu": nn.GELU}
 

@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..layers.norms import ChannelRMSNorm
-from .blocks import activation, make_block
-from .resample import DCDownBlock2d, DCUpBlock2d, average_channels, repeat_channels
+from sana_sprint.autoencoder.blocks import activation, make_block
+from sana_sprint.autoencoder.resample import DCDownBlock2d, DCUpBlock2d, average_channels, repeat_channels
+from sana_sprint.layers.norms import ChannelRMSNorm
 
 T = TypeVar("T")
 

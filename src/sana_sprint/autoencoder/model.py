@@ -12,9 +12,9 @@ from diffusers.loaders import FromOriginalModelMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, EncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..layers.casting import QuietCastMixin
-from .coder import Decoder, Encoder, Stage, per_stage
-from .tiling import apply_tiled
+from sana_sprint.autoencoder.coder import Decoder, Encoder, Stage, per_stage
+from sana_sprint.autoencoder.tiling import apply_tiled
+from sana_sprint.layers.casting import QuietCastMixin
 
 # Of a tile's length; the rest overlaps the next tile. Upstream's 448 of 512.
 STRIDE_SHARE = Fraction(7, 8)

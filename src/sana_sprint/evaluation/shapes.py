@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..shapes.judge import score
-from ..shapes.sampler import draw_example
-from ..shapes.scenes import CATEGORIES, Request
+from sana_sprint.shapes.judge import score
+from sana_sprint.shapes.sampler import draw_example
+from sana_sprint.shapes.scenes import CATEGORIES, Request
 
 # Captions to pictures (H, W, 3) uint8, one each, in order; called with a batch of captions and the number drawn before.
 DrawCaptions = Callable[[Sequence[str], int], Sequence[np.ndarray]]

@@ -11,7 +11,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
-from .norms import RMSNorm
+from sana_sprint.layers.norms import RMSNorm
 
 # Keeps a token whose kernel is zero everywhere from dividing by zero (SANA's value).
 LINEAR_ATTENTION_EPS = 1e-15

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .norms import ChannelRMSNorm
+from sana_sprint.layers.norms import ChannelRMSNorm
 
 
 class PointwiseConv2d(nn.Conv2d):

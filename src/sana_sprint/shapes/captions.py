@@ -9,7 +9,7 @@ from dataclasses import astuple
 
 import numpy as np
 
-from .scenes import COLOURS, GROUNDS, KINDS, Request, Thing, choose
+from sana_sprint.shapes.scenes import COLOURS, GROUNDS, KINDS, Request, Thing, choose
 
 # In every list the first wording is the usual one; the others are for those who write differently.
 _KIND_WORDS: dict[str, tuple[tuple[str, str], ...]] = {

@@ -11,9 +11,9 @@ from itertools import permutations
 
 import numpy as np
 
-from .palette import GROUND_COLOURS, MINIMUM_DISTANCE, PALETTE, SHAPE_COLOURS, oklab
-from .renderer import coverage
-from .scenes import CATEGORIES, KINDS, SIZE_BOUNDARY, Placed, Request, Thing
+from sana_sprint.shapes.palette import GROUND_COLOURS, MINIMUM_DISTANCE, PALETTE, SHAPE_COLOURS, oklab
+from sana_sprint.shapes.renderer import coverage
+from sana_sprint.shapes.scenes import CATEGORIES, KINDS, SIZE_BOUNDARY, Placed, Request, Thing
 
 # A measured colour further than this from every colour of the palette (OKLab) is none of them. Half the distance
 # between the closest two, and then some: drift in lightness, which says little about the name, counts as well.

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .palette import GROUND_COLOURS, SHAPE_COLOURS
-from .scenes import Scene
+from sana_sprint.shapes.palette import GROUND_COLOURS, SHAPE_COLOURS
+from sana_sprint.shapes.scenes import Scene
 
 # Every shape fits the square [-1, 1]² (in units of its radius); these proportions make their areas look alike.
 _SQUARE_HALF_SIDE = 0.86

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .captions import describe, is_held_out
-from .scenes import Request, Scene, complete, draw_request
+from sana_sprint.shapes.captions import describe, is_held_out
+from sana_sprint.shapes.scenes import Request, Scene, complete, draw_request
 
 
 @dataclass(frozen=True)

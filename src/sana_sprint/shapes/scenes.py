@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from .palette import GROUND_COLOURS, SHAPE_COLOURS
+from sana_sprint.shapes.palette import GROUND_COLOURS, SHAPE_COLOURS
 
 KINDS = ("circle", "square", "triangle", "star", "cross")
 COLOURS = tuple(SHAPE_COLOURS)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..autoencoder.model import AutoencoderDC
-from .data import PicturePool, to_tensor
-from .loop import Draws, OptimiserSettings, train
+from sana_sprint.autoencoder.model import AutoencoderDC
+from sana_sprint.training.data import PicturePool, to_tensor
+from sana_sprint.training.loop import Draws, OptimiserSettings, train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Gemma2Model, GemmaTokenizer
 
-from ..layers.attention import SanaAttention
-from ..layers.embeddings import TimeGuidanceEmbedding
-from ..text.encoder import encode_prompts
-from ..text.instruction import COMPLEX_HUMAN_INSTRUCTION
-from ..transformer.model import SanaTransformer2DModel
-from .loop import Draws, OptimiserSettings, train
+from sana_sprint.layers.attention import SanaAttention
+from sana_sprint.layers.embeddings import TimeGuidanceEmbedding
+from sana_sprint.text.encoder import encode_prompts
+from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION
+from sana_sprint.training.loop import Draws, OptimiserSettings, train
+from sana_sprint.transformer.model import SanaTransformer2DModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model, GemmaTokenizer
 
-from ..text.cleaning import normalise
-from ..text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_prefix
-from .loop import Draws, OptimiserSettings, train
+from sana_sprint.text.cleaning import normalise
+from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_prefix
+from sana_sprint.training.loop import Draws, OptimiserSettings, train
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 INSTRUCTION_REPEATS = 200

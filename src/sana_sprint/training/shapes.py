@@ -15,13 +15,18 @@ import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import Gemma2Model, GemmaTokenizer
 
-from ..autoencoder.model import AutoencoderDC
-from ..transformer.model import SanaTransformer2DModel
-from .autoencoder import AutoencoderSettings, encode_pictures, peak_signal_to_noise, train_autoencoder
-from .data import PicturePool, picture_pool
-from .flow import FlowData, FlowSettings, encode_captions, train_flow, train_guidance
-from .language import LanguageSettings, train_language_model
-from .loop import OptimiserSettings, write_whole
+from sana_sprint.autoencoder.model import AutoencoderDC
+from sana_sprint.training.autoencoder import (
+    AutoencoderSettings,
+    encode_pictures,
+    peak_signal_to_noise,
+    train_autoencoder,
+)
+from sana_sprint.training.data import PicturePool, picture_pool
+from sana_sprint.training.flow import FlowData, FlowSettings, encode_captions, train_flow, train_guidance
+from sana_sprint.training.language import LanguageSettings, train_language_model
+from sana_sprint.training.loop import OptimiserSettings, write_whole
+from sana_sprint.transformer.model import SanaTransformer2DModel
 
 STAGES = ("autoencoder", "language", "flow", "guidance", "assemble")
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..layers.attention import SanaAttention
-from ..layers.feed_forward import GLUMBConv
-from ..layers.norms import modulate
+from sana_sprint.layers.attention import SanaAttention
+from sana_sprint.layers.feed_forward import GLUMBConv
+from sana_sprint.layers.norms import modulate
 
 
 @dataclass(frozen=True, kw_only=True)

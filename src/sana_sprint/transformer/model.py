@@ -11,9 +11,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from ..layers.norms import SanaModulatedNorm
-from .block import BlockShape
-from .trunk import SanaTrunk
+from sana_sprint.layers.norms import SanaModulatedNorm
+from sana_sprint.transformer.block import BlockShape
+from sana_sprint.transformer.trunk import SanaTrunk
 
 
 class SanaTransformer2DModel(SanaTrunk):

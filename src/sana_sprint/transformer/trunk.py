@@ -11,10 +11,10 @@ from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from torch import nn
 
-from ..layers.casting import QuietCastMixin
-from ..layers.embeddings import CaptionProjection, PatchEmbed, TimeEmbedding, TimeGuidanceEmbedding
-from ..layers.norms import RMSNorm
-from .block import BlockShape, SanaTransformerBlock
+from sana_sprint.layers.casting import QuietCastMixin
+from sana_sprint.layers.embeddings import CaptionProjection, PatchEmbed, TimeEmbedding, TimeGuidanceEmbedding
+from sana_sprint.layers.norms import RMSNorm
+from sana_sprint.transformer.block import BlockShape, SanaTransformerBlock
 
 
 class TrunkInputs(NamedTuple):
