@@ -8,7 +8,7 @@ from diffusers import SanaSprintPipeline
 from tokenizers.trainers import BpeTrainer
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
-from sana_sprint.text.encoder import check_embeds, check_prompt, encode_prompts, repeat_for_images
+from sana_sprint.text.encoder import check_embeds, check_prompt, drop_padding, encode_prompts, repeat_for_images
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
@@ -231,3 +231,19 @@ def test_embeddings_without_a_mask_are_refused():
 def test_a_length_below_one_is_refused(encode):
     with pytest.raises(ValueError, match="max_sequence_length must be at least 1, got 0"):
         encode("a cat", max_sequence_length=0)
+
+
+def test_padding_is_dropped_where_every_row_has_it_and_a_mask_of_ones_altogether():
+    embeds = torch.arange(2 * 5).view(2, 5, 1).float()
+    ragged = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
+    kept, mask = drop_padding(embeds, ragged)
+    assert torch.equal(kept, embeds[:, :3])
+    assert torch.equal(mask, ragged[:, :3])
+    kept, mask = drop_padding(embeds[:1], ragged[:1])
+    assert torch.equal(kept, embeds[:1, :2])
+    assert mask is None
+
+
+def test_text_that_is_masked_altogether_keeps_its_mask():
+    embeds, mask = torch.zeros(1, 3, 1), torch.zeros(1, 3)
+    assert drop_padding(embeds, mask) == (embeds, mask)

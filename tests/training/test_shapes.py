@@ -151,5 +151,6 @@ def test_the_tokenizer_gives_known_words_a_token_each_and_any_text_back():
     tokenizer = train_tokenizer(["a red circle", "a blue square, please"] * 50, vocabulary_size=400)
     assert tokenizer.tokenize("a red circle") == ["a", "▁red", "▁circle"]
     assert tokenizer.tokenize("square, please")[-2:] == [",", "▁please"]
+    assert tokenizer("a red circle").input_ids[0] == tokenizer.bos_token_id
     for text in ("a red circle", "Zürich 北京 🐈"):
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text

@@ -80,6 +80,26 @@ def repeat_for_images(
     return prompt_embeds.repeat_interleave(repeats, dim=0), prompt_attention_mask.repeat_interleave(repeats, dim=0)
 
 
+def drop_padding(
+    prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same text without the columns that are padding in every row; no mask at all where none is left.
+
+    What attends to it gives the same result: a masked token has no weight. Reads the mask on the host.
+
+    Returns:
+        (B, K, C) and (B, K) for the K <= L columns that any row uses, or None for a mask of ones.
+    """
+    is_text = prompt_attention_mask.to("cpu") > 0
+    used = is_text.any(dim=0)
+    if not used.any():
+        return prompt_embeds, prompt_attention_mask  # nothing to attend to: the network's own affair
+    if not used.all():
+        columns = used.nonzero().flatten().to(prompt_embeds.device)
+        prompt_embeds, prompt_attention_mask = prompt_embeds[:, columns], prompt_attention_mask[:, columns]
+    return prompt_embeds, None if is_text[:, used].all() else prompt_attention_mask
+
+
 def _tokenize(
     tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[str | None, ...]]:

@@ -48,7 +48,7 @@ def train_tokenizer(texts: list[str], vocabulary_size: int) -> GemmaTokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(merge) for merge in learned["merges"]]
-    return GemmaTokenizer(vocab=learned["vocab"], merges=merges, padding_side="right")  # type: ignore[arg-type]
+    return GemmaTokenizer(vocab=learned["vocab"], merges=merges, add_bos_token=True, padding_side="right")  # type: ignore[arg-type]
 
 
 def caption_batch(

@@ -70,7 +70,7 @@ def _language_settings() -> LanguageSettings:
         "final_logit_softcapping": None,
     }
     optimiser = OptimiserSettings(
-        steps=800, batch_size=64, learning_rate=2e-3, warmup_steps=100, ema_decay=0.99, seed=12
+        steps=500, batch_size=64, learning_rate=2e-3, warmup_steps=100, ema_decay=0.99, seed=12
     )
     return LanguageSettings(vocabulary_size=1024, config=config, optimiser=optimiser)
 
