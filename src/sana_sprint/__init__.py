@@ -1,0 +1,52 @@
+"""SANA-Sprint for diffusers: the public names of every folder, each imported when it is first asked for."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Nothing here is imported before its name is used, so that
+# `import sana_sprint` costs milliseconds and touches neither torch nor diffusers.
+_HOMES = {
+    "AutoencoderDC": "sana_sprint.autoencoder.model",
+    "SCMScheduler": "sana_sprint.trigflow.scheduler",
+    "SanaPipelineOutput": "sana_sprint.pipelines.output",
+    "SanaSprintPipeline": "sana_sprint.pipelines.text_to_image",
+    "SanaTransformer2DModel": "sana_sprint.transformer.model",
+    "embedded_checkpoint": "sana_sprint.assets",
+    "register": "sana_sprint.plugin",
+    "unregister": "sana_sprint.plugin",
+}
+
+__all__ = [
+    "AutoencoderDC",
+    "SCMScheduler",
+    "SanaPipelineOutput",
+    "SanaSprintPipeline",
+    "SanaTransformer2DModel",
+    "__version__",
+    "embedded_checkpoint",
+    "register",
+    "unregister",
+]
+
+if TYPE_CHECKING:
+    from sana_sprint.assets import embedded_checkpoint
+    from sana_sprint.autoencoder.model import AutoencoderDC
+    from sana_sprint.pipelines.output import SanaPipelineOutput
+    from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
+    from sana_sprint.plugin import register, unregister
+    from sana_sprint.transformer.model import SanaTransformer2DModel
+    from sana_sprint.trigflow.scheduler import SCMScheduler
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next use does not come through here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
