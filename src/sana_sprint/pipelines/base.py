@@ -1,0 +1,405 @@
+"""One call's arguments to pictures: text, denoising, decoding, the part that all SANA-Sprint pipelines share.
+
+B pictures, C channels, H W latent grid, L text tokens, D width of the text encoder.
+"""
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import PixArtImageProcessor
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC as DiffusersAutoencoderDC
+from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel as DiffusersSanaTransformer2DModel
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
+from diffusers.utils.torch_utils import empty_device_cache, randn_tensor
+from transformers import Gemma2PreTrainedModel, GemmaTokenizer
+
+from sana_sprint.autoencoder.model import AutoencoderDC
+from sana_sprint.pipelines.call import Call, Conditioning, Plan
+from sana_sprint.pipelines.checks import (
+    check_choice,
+    check_generator,
+    check_latents,
+    check_names,
+    finite_number,
+    whole_number,
+)
+from sana_sprint.pipelines.clock import Clock, clock_for
+from sana_sprint.pipelines.images import OUTPUT_TYPES, choose_canvas, fit_to_canvas
+from sana_sprint.pipelines.output import SanaPipelineOutput
+from sana_sprint.plugin import PublishedPipeline
+from sana_sprint.text.encoder import check_embeds, check_prompt, encode_prompts, repeat_for_images
+from sana_sprint.transformer.model import SanaTransformer2DModel
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _in_small_parts(vae: Any) -> Iterator[None]:
+    """Inside, an autoencoder works on one picture at a time and in tiles."""
+    before = vae.use_slicing, vae.use_tiling
+    vae.enable_slicing()
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        vae.use_slicing, vae.use_tiling = before
+
+
+@contextmanager
+def _scaled_lora(text_encoder: torch.nn.Module, scale: float | None) -> Iterator[None]:
+    """Inside, the LoRA layers of a text encoder have this scale, or their own with None."""
+    if scale is None or not USE_PEFT_BACKEND:
+        yield
+        return
+    scale_lora_layers(text_encoder, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(text_encoder, scale)
+
+
+class SprintPipeline(PublishedPipeline, DiffusionPipeline):
+    """The stages of every SANA-Sprint pipeline.
+
+    A pipeline adds `__call__`, which puts its arguments into a `Call` and hands that to `draw`, and two hooks:
+    `first_latents` and `flow_velocity`.
+
+    Args:
+        tokenizer: Gemma's.
+        text_encoder: Gemma-2 without its language head. With None, calls need `prompt_embeds`.
+        vae: Ours or diffusers'. With None, calls need `output_type="latent"`.
+        transformer: Ours or diffusers'.
+        scheduler: SCMScheduler, ours or diffusers', or a flow-matching scheduler of diffusers.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "prompt_attention_mask"]
+
+    # State of the current call, readable before the first one.
+    _guidance_scale: float | None = None
+    _attention_kwargs: dict[str, Any] | None = None
+    _num_timesteps = 0
+    _interrupt = False
+    _has_told_of_tiling = False
+
+    def __init__(
+        self,
+        tokenizer: GemmaTokenizer,
+        text_encoder: Gemma2PreTrainedModel,
+        vae: AutoencoderDC | DiffusersAutoencoderDC,
+        transformer: SanaTransformer2DModel | DiffusersSanaTransformer2DModel,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+        )
+        # Public attributes in diffusers. Without an autoencoder, the factor of the published ones.
+        self.vae_scale_factor = 32 if vae is None else 2 ** (len(vae.config.encoder_block_out_channels) - 1)
+        self.image_processor = PixArtImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """The guidance scale of the current or last call, None before the first."""
+        return self._guidance_scale
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """The attention arguments of the current or last call, None before the first."""
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """How often the current or last call calls the network, 0 before the first."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the current call is to stop. A callback stops it by setting `_interrupt`."""
+        return self._interrupt
+
+    def enable_vae_slicing(self) -> None:
+        """Decode the pictures of a batch one by one: less memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode a batch at once."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large pictures in overlapping tiles: less memory, nearly the same picture."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode pictures in one piece."""
+        self.vae.disable_tiling()
+
+    def first_latents(self, call: Call, plan: Plan, clock: Clock, device: torch.device) -> torch.Tensor:
+        """Hook: the latents (B, C, H, W) that the first step starts from, in float32 and in the clock's scale."""
+        raise NotImplementedError
+
+    def flow_velocity(self, latents: torch.Tensor, time: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Hook: the flow-matching velocity for latents (B, C, H, W) of unit scale at time (B,) in [0, 1]."""
+        raise NotImplementedError
+
+    def draw(self, call: Call) -> SanaPipelineOutput | tuple[Any]:
+        """Everything that a call does, in order. What can be refused is refused before a network runs."""
+        clock = clock_for(self.scheduler)
+        plan = self.check_inputs(call)
+        device = self._execution_device
+        clock.set_steps(
+            plan.num_inference_steps, call.timesteps, call.max_timesteps, call.intermediate_timesteps, device
+        )
+        self._guidance_scale = call.guidance_scale
+        self._attention_kwargs = call.attention_kwargs
+        self._num_timesteps = len(clock.timesteps)
+        self._interrupt = False
+
+        embeds, mask = self.encode_prompt(
+            call.prompt,
+            num_images_per_prompt=plan.images_per_prompt,
+            device=device,
+            prompt_embeds=call.prompt_embeds,
+            prompt_attention_mask=call.prompt_attention_mask,
+            clean_caption=call.clean_caption,
+            max_sequence_length=call.max_sequence_length,
+            complex_human_instruction=call.complex_human_instruction,
+            lora_scale=(call.attention_kwargs or {}).get("scale"),
+        )
+        conditioning = Conditioning(
+            prompt_embeds=embeds,
+            prompt_attention_mask=mask,
+            guidance=self._scaled_guidance(plan.guidance_scale, embeds),
+        )
+        latents = self.first_latents(call, plan, clock, device)
+        latents = self._denoise(call, clock, latents, conditioning)
+        images: Any = latents
+        if call.output_type != "latent":
+            pixels = fit_to_canvas(self._decode(latents), plan.canvas)
+            images = self.image_processor.postprocess(pixels, output_type=call.output_type)
+        self.maybe_free_model_hooks()
+        return SanaPipelineOutput(images=images) if call.return_dict else (images,)
+
+    def check_inputs(self, call: Call) -> Plan:
+        """What a call comes to.
+
+        Raises:
+            ValueError: for everything in it that cannot work, with the value found and the value wanted. The timetable
+                is the scheduler's to check.
+        """
+        num_prompts = self._check_text(call)
+        images_per_prompt = 1
+        if call.num_images_per_prompt is not None:
+            images_per_prompt = whole_number("num_images_per_prompt", call.num_images_per_prompt)
+        steps = None
+        if call.timesteps is None or call.num_inference_steps is not None:
+            steps = whole_number("num_inference_steps", call.num_inference_steps)
+        check_choice("output_type", call.output_type, OUTPUT_TYPES)
+        check_names("callback_on_step_end_tensor_inputs", call.callback_tensors, self._callback_tensor_inputs)
+        if self.vae is None and call.output_type != "latent":
+            raise ValueError(f"a pipeline without vae can only give output_type='latent', got {call.output_type!r}")
+        config = self.transformer.config
+        plan = Plan(
+            canvas=choose_canvas(
+                call.height,
+                call.width,
+                native_size=config.sample_size * self.vae_scale_factor,
+                multiple=config.patch_size * self.vae_scale_factor,
+                use_bins=call.use_resolution_binning,
+            ),
+            num_inference_steps=steps,
+            images_per_prompt=images_per_prompt,
+            batch_size=num_prompts * images_per_prompt,
+            guidance_scale=finite_number("guidance_scale", call.guidance_scale),
+        )
+        check_generator(call.generator, plan.batch_size)
+        if call.latents is not None:
+            height, width = plan.canvas.height, plan.canvas.width
+            check_latents(call.latents, self._latents_shape(plan.batch_size, config.in_channels, height, width))
+        return plan
+
+    def _check_text(self, call: Call) -> int:
+        """The number of prompts of a call."""
+        if (call.prompt is None) == (call.prompt_embeds is None):
+            found = "neither" if call.prompt is None else "both"
+            raise ValueError(f"one of prompt and prompt_embeds must be given, got {found}")
+        if call.prompt_embeds is None and call.prompt_attention_mask is not None:
+            raise ValueError("prompt_attention_mask belongs to prompt_embeds, got it with a prompt")
+        whole_number("max_sequence_length", call.max_sequence_length)
+        if call.prompt_embeds is None:
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError("a pipeline without text_encoder or tokenizer needs prompt_embeds, got prompt")
+            return len(check_prompt(call.prompt))  # type: ignore[arg-type]  # refuses None
+        check_embeds(call.prompt_embeds, call.prompt_attention_mask)
+        count, _, width = call.prompt_embeds.shape
+        wanted = self.transformer.config.caption_channels
+        if width != wanted:
+            raise ValueError(
+                f"prompt_embeds must have the transformer's caption_channels={wanted} as width, got {width}"
+            )
+        return count
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        clean_caption: bool = False,
+        max_sequence_length: int = 300,
+        complex_human_instruction: Sequence[str] | None = None,
+        lora_scale: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts to embeddings and mask, one for each picture, as `__call__` takes them.
+
+        Args:
+            prompt: One or several.
+            num_images_per_prompt: How often each is repeated: all pictures of the first prompt, then of the second.
+            device: Where the text encoder computes; the pipeline's by default.
+            prompt_embeds, prompt_attention_mask: (prompts, L, D) and (prompts, L), to be repeated only.
+            clean_caption: Remove what captions from the web are full of, such as links; needs ftfy and beautifulsoup4.
+            max_sequence_length: L. What a prompt has beyond it is cut off, and a warning says what that was.
+            complex_human_instruction: Lines that the text encoder reads before the prompt.
+            lora_scale: Scale of the LoRA layers of the text encoder, if it has any.
+
+        Returns:
+            Embeddings (B, L, D) in the text encoder's dtype, and mask (B, L), 1 where there is text.
+
+        Raises:
+            ValueError: if prompts or embeddings are not what is described here.
+        """
+        device = self._execution_device if device is None else device
+        if prompt_embeds is None:
+            if lora_scale is not None:
+                self._lora_scale = lora_scale  # diffusers contract: what `lora_scale` of the LoRA mixin returns
+            with _scaled_lora(self.text_encoder, lora_scale):
+                prompt_embeds, prompt_attention_mask, cut = encode_prompts(
+                    self.tokenizer,
+                    self.text_encoder,
+                    check_prompt(prompt),  # type: ignore[arg-type]  # refuses None
+                    device=device,
+                    dtype=self.text_encoder.dtype,
+                    max_sequence_length=max_sequence_length,
+                    instruction=complex_human_instruction,
+                    clean_caption=clean_caption,
+                )
+            for lost in filter(None, cut):
+                logger.warning(
+                    "a prompt is longer than max_sequence_length=%d tokens; this end of it was cut off: %s",
+                    max_sequence_length,
+                    lost,
+                )
+        embeds, mask = repeat_for_images(
+            prompt_embeds,
+            prompt_attention_mask,  # type: ignore[arg-type]  # refuses None
+            num_images_per_prompt,
+        )
+        return embeds.to(device), mask.to(device)
+
+    def _scaled_guidance(self, guidance_scale: float, prompt_embeds: torch.Tensor) -> torch.Tensor | None:
+        config = self.transformer.config
+        if not config.guidance_embeds:
+            return None
+        # Rounded to the embeddings' dtype before it is scaled, as in diffusers: the network was trained on that.
+        guidance = torch.full((len(prompt_embeds),), guidance_scale, dtype=torch.float32, device=prompt_embeds.device)
+        return guidance.to(prompt_embeds.dtype) * config.guidance_embeds_scale
+
+    def _latents_shape(self, batch_size: int, channels: int, height: int, width: int) -> tuple[int, int, int, int]:
+        return (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Noise of unit variance (B, C, H, W) for pictures of a height and width in pixels, or the given `latents`.
+
+        Raises:
+            ValueError: if there are not as many generators as pictures, or the latents have another shape.
+        """
+        shape = self._latents_shape(batch_size, num_channels_latents, height, width)
+        check_generator(generator, batch_size)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        check_latents(latents, shape)
+        return latents.to(device=device, dtype=dtype)
+
+    def _denoise(self, call: Call, clock: Clock, latents: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The first latents to the autoencoder's, times its scaling factor."""
+
+        def network(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            return self.flow_velocity(latents, time, conditioning)
+
+        estimate = latents
+        timesteps = clock.timesteps
+        with self.progress_bar(total=len(timesteps)) as progress:
+            for index, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                latents, estimate = clock.step(network, index, latents, call.generator)
+                if index == len(timesteps) - 1:
+                    latents = estimate  # one tensor, so that a callback that edits it in place edits the result
+                if call.callback_on_step_end is not None:
+                    edited = self._call_back(call, index, timestep, latents, conditioning)
+                    if edited is not latents:
+                        latents = estimate = edited
+                progress.update()
+        return clock.result(estimate)
+
+    def _call_back(
+        self, call: Call, index: int, timestep: torch.Tensor, latents: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """Show the caller what was asked for after a step; returns the latents to go on with."""
+        tensors = {
+            "latents": latents,
+            "prompt_embeds": conditioning.prompt_embeds,
+            "prompt_attention_mask": conditioning.prompt_attention_mask,
+        }
+        shown = {name: tensors[name] for name in call.callback_tensors}
+        tensors.update(call.callback_on_step_end(self, index, timestep, shown) or {})  # type: ignore[misc]
+        conditioning.prompt_embeds = tensors["prompt_embeds"]
+        conditioning.prompt_attention_mask = tensors["prompt_attention_mask"]
+        return tensors["latents"]
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents to pixels (B, 3, height, width) in [-1, 1].
+
+        Raises:
+            torch.OutOfMemoryError: if there is not enough memory even for one tile of one picture.
+        """
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        try:
+            return self.vae.decode(latents, return_dict=False)[0]
+        except torch.OutOfMemoryError:
+            pass  # and on: the exception, while it is handled, keeps alive what filled the memory
+        gc.collect()
+        empty_device_cache()
+        if not self._has_told_of_tiling:
+            self._has_told_of_tiling = True
+            logger.warning(
+                "not enough memory to decode %s latents at once: they are decoded one by one and in tiles;"
+                " enable_vae_slicing() and enable_vae_tiling() do so from the start",
+                "x".join(map(str, latents.shape)),
+            )
+        with _in_small_parts(self.vae):
+            try:
+                return self.vae.decode(latents, return_dict=False)[0]
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(
+                    f"not enough memory to decode even one tile of {self.vae.tile_sample_min_height}x"
+                    f"{self.vae.tile_sample_min_width} pixels: take smaller ones (vae.enable_tiling("
+                    "tile_sample_min_height=256, tile_sample_min_width=256)), free memory with"
+                    " enable_model_cpu_offload(), or draw with output_type='latent' and decode elsewhere"
+                ) from error

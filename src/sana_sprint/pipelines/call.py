@@ -1,0 +1,70 @@
+"""The arguments of one call of a pipeline, what they come to once they are checked, and what the network is told.
+
+B pictures, C channels, H W latent grid, L text tokens, D width of the text encoder.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from sana_sprint.pipelines.images import Canvas
+
+StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """The arguments as the caller gave them; the pipeline's `__call__` documents them."""
+
+    prompt: str | Sequence[str] | None
+    num_inference_steps: int
+    timesteps: Sequence[float] | None
+    max_timesteps: float | None
+    intermediate_timesteps: float | None
+    guidance_scale: float
+    num_images_per_prompt: int | None
+    height: int | None
+    width: int | None
+    generator: torch.Generator | list[torch.Generator] | None
+    latents: torch.Tensor | None
+    prompt_embeds: torch.Tensor | None
+    prompt_attention_mask: torch.Tensor | None
+    output_type: str | None
+    return_dict: bool
+    clean_caption: bool
+    use_resolution_binning: bool
+    attention_kwargs: dict[str, Any] | None
+    callback_on_step_end: StepCallback | PipelineCallback | MultiPipelineCallbacks | None
+    callback_on_step_end_tensor_inputs: Sequence[str] | None
+    max_sequence_length: int
+    complex_human_instruction: Sequence[str] | None
+
+    @property
+    def callback_tensors(self) -> tuple[str, ...]:
+        """The names of the tensors that the callback wants; diffusers' callback objects know theirs themselves."""
+        if isinstance(self.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            return tuple(self.callback_on_step_end.tensor_inputs)
+        return tuple(self.callback_on_step_end_tensor_inputs or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a call comes to."""
+
+    canvas: Canvas
+    num_inference_steps: int | None  # None where only the timesteps say
+    images_per_prompt: int
+    batch_size: int  # B
+    guidance_scale: float
+
+
+@dataclass(kw_only=True)
+class Conditioning:
+    """What the network is told besides latents and time. A callback may exchange the text between two steps."""
+
+    prompt_embeds: torch.Tensor  # B L D
+    prompt_attention_mask: torch.Tensor  # B L
+    guidance: torch.Tensor | None  # B, already scaled; None for a network that takes none

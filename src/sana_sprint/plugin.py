@@ -1,0 +1,232 @@
+"""A class name of diffusers to our class of that name, and back: the one place that knows how diffusers looks it up.
+
+Published folders name diffusers as the home of their components, and so do ours. A pipeline of ours therefore reads
+and writes the name "diffusers" and stands in its own class when it loads. `register` goes further: it puts our classes
+in the place of diffusers' own, for every program that asks diffusers for them.
+"""
+
+import inspect
+import logging
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from importlib import import_module
+from operator import or_
+from types import ModuleType, UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
+
+
+class Homes(NamedTuple):
+    """Where the two classes of one name are defined."""
+
+    ours: str
+    theirs: str
+
+
+CLASSES = {
+    "AutoencoderDC": Homes("sana_sprint.autoencoder.model", "diffusers.models.autoencoders.autoencoder_dc"),
+    "SCMScheduler": Homes("sana_sprint.trigflow.scheduler", "diffusers.schedulers.scheduling_scm"),
+    "SanaTransformer2DModel": Homes("sana_sprint.transformer.model", "diffusers.models.transformers.sana_transformer"),
+    "SanaSprintPipeline": Homes("sana_sprint.pipelines.text_to_image", "diffusers.pipelines.sana.pipeline_sana_sprint"),
+}
+
+AUTO_PIPELINE_KEY = "sana-sprint"
+
+# diffusers recognises what it may load by base classes that it looks up beside the component's own class.
+_BASE_CLASSES = ("ModelMixin", "SchedulerMixin")
+
+_lock = threading.RLock()
+
+
+def __getattr__(name: str) -> Any:
+    # This module is the library that a pipeline of ours names for its components while it loads (`_from_here`).
+    if name in CLASSES:
+        return getattr(import_module(CLASSES[name].ours), name)
+    if name in _BASE_CLASSES:
+        return getattr(import_module("diffusers"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether a value of model_index.json names a component, as [library, class]."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], str) and value[1] in CLASSES
+
+
+def _from_here(value: Any) -> Any:
+    """The same value, with a component that we have too taken from this module."""
+    return (__name__, value[1]) if _is_entry(value) and value[0] == "diffusers" else value
+
+
+def _as_published(value: Any) -> Any:
+    """The same value, with a component of ours called diffusers', where every reader finds one of that name."""
+    is_ours = _is_entry(value) and str(value[0]).partition(".")[0] == __name__.partition(".")[0]
+    return ("diffusers", value[1]) if is_ours else value
+
+
+class _Unchanged:
+    """Stands for a dtype where none was asked for."""
+
+
+_UNCHANGED = _Unchanged()
+
+
+class PublishedPipeline:
+    """Mixin, ahead of DiffusionPipeline: loads our classes from published folders, and writes published folders.
+
+    Nothing of diffusers is altered for it: only what this pipeline reads from and writes to model_index.json.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """A pipeline from a folder, or from a repository of the hub, in the layout of diffusers.
+
+        Transformer, autoencoder and scheduler are ours where diffusers has a class of the same name; components
+        passed by name, ours or diffusers', are kept as they are.
+
+        Args:
+            pretrained_model_name_or_path: The folder, or the repository as "owner/name".
+            **kwargs: As for diffusers' `DiffusionPipeline.from_pretrained`: `dtype` (or `torch_dtype`), `variant`,
+                `device_map`, `quantization_config`, components by name, and so on.
+        """
+        if kwargs.get("dtype") is None and "torch_dtype" in kwargs:
+            # The older name of the argument. It still works, and diffusers would warn of it.
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """diffusers' own, which `from_pretrained` loads components by; ours are taken from here."""
+        entries, unused, hidden = super().extract_init_dict(config_dict, **kwargs)  # type: ignore[misc]
+        return {name: _from_here(value) for name, value in entries.items()}, unused, hidden
+
+    def register_to_config(self, **entries: Any) -> None:
+        """diffusers' own, which model_index.json is written from; ours are written as diffusers'."""
+        super().register_to_config(  # type: ignore[misc]
+            **{name: _as_published(value) for name, value in entries.items()}
+        )
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """A pipeline around the components of another one.
+
+        The components are shared, so unlike in diffusers a dtype that is not given leaves them as they are.
+
+        Args:
+            pipeline: Any pipeline of diffusers, or of ours, with the components that this one needs.
+            **kwargs: As for diffusers' `DiffusionPipeline.from_pipe`: `dtype`, and components to use instead.
+        """
+        if all(kwargs.get(name) is None for name in ("dtype", "torch_dtype", "custom_pipeline")):
+            kwargs.pop("torch_dtype", None)
+            kwargs["dtype"] = _UNCHANGED  # diffusers hands it on to `to`, below
+        return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast every model of the pipeline, as diffusers does; returns the pipeline."""
+        if kwargs.get("dtype") is _UNCHANGED:
+            return self
+        return super().to(*args, **kwargs)  # type: ignore[misc]
+
+
+def _ours_for_theirs() -> dict[Any, Any]:
+    """diffusers' classes, each with ours of the same name. Imports them all."""
+    return {
+        getattr(import_module(homes.theirs), name): getattr(import_module(homes.ours), name)
+        for name, homes in CLASSES.items()
+    }
+
+
+def _resolve_lazy_names() -> None:
+    """Make diffusers' lazy packages hold the classes under their names, as they do once the names have been used."""
+    for name, homes in CLASSES.items():
+        packages = homes.theirs.split(".")[:-1]
+        for depth in range(1, len(packages) + 1):
+            getattr(import_module(".".join(packages[:depth])), name, None)
+
+
+def _diffusers_modules() -> Iterator[ModuleType]:
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "diffusers" and isinstance(module, ModuleType):
+            yield module
+
+
+def _is_at_home(module: ModuleType, name: str) -> bool:
+    """Whether this is the module of diffusers that defines the class: that one stays as it is."""
+    return name in CLASSES and CLASSES[name].theirs == module.__name__
+
+
+def _exchange_names(new_for_old: Mapping[Any, Any]) -> None:
+    """Give the names of diffusers' modules another class, wherever they are names of one of the old ones."""
+    for module in _diffusers_modules():
+        for name, value in list(vars(module).items()):
+            if inspect.isclass(value) and value in new_for_old and not _is_at_home(module, name):
+                setattr(module, name, new_for_old[value])
+
+
+def _exchange_annotations(new_for_old: Mapping[Any, Any]) -> None:
+    """Do the same in the annotations of diffusers' constructors, by which pipelines judge their components."""
+    for module in _diffusers_modules():
+        for value in list(vars(module).values()):
+            if not inspect.isclass(value) or value.__module__ != module.__name__:
+                continue
+            annotations = getattr(vars(value).get("__init__"), "__annotations__", {})
+            for name, annotation in annotations.items():
+                annotations[name] = _exchanged(annotation, new_for_old)
+
+
+def _exchanged(annotation: Any, new_for_old: Mapping[Any, Any]) -> Any:
+    if inspect.isclass(annotation):
+        return new_for_old.get(annotation, annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        members = get_args(annotation)
+        exchanged = [_exchanged(member, new_for_old) for member in members]
+        return annotation if exchanged == list(members) else reduce(or_, exchanged)
+    return annotation
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Inside, transformers does not recommend torchvision to whoever imports pipelines that would profit from it."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _auto_pipelines() -> dict[str, Any]:
+    """diffusers' table of text-to-image pipelines. Imports most of its pipelines."""
+    with _without_advice():
+        return import_module("diffusers.pipelines.auto_pipeline").AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+
+def register() -> None:
+    """Put our classes in the place of diffusers' classes of the same names.
+
+    From then on `from diffusers import SanaTransformer2DModel`, `DiffusionPipeline.from_pretrained`,
+    `AutoPipelineForText2Image.from_pretrained` and `AutoModel.from_pretrained` give ours, whichever module of diffusers
+    was imported before or is imported after. Names that a program has imported from diffusers earlier stay what they
+    were. To call it again does nothing.
+    """
+    with _lock:
+        ours_for_theirs = _ours_for_theirs()
+        auto_pipelines = _auto_pipelines()
+        _resolve_lazy_names()
+        _exchange_names(ours_for_theirs)
+        # diffusers' other pipelines then take either class without a warning.
+        _exchange_annotations({theirs: theirs | ours for theirs, ours in ours_for_theirs.items()})
+        auto_pipelines[AUTO_PIPELINE_KEY] = __getattr__("SanaSprintPipeline")
+
+
+def unregister() -> None:
+    """Undo `register`: every name and table of diffusers is what it was. Without `register`, does nothing."""
+    with _lock:
+        if "diffusers.pipelines.auto_pipeline" not in sys.modules or AUTO_PIPELINE_KEY not in _auto_pipelines():
+            return
+        theirs_for_ours = {ours: theirs for theirs, ours in _ours_for_theirs().items()}
+        _exchange_names(theirs_for_ours)
+        _exchange_annotations(theirs_for_ours)
+        del _auto_pipelines()[AUTO_PIPELINE_KEY]
