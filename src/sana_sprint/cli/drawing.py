@@ -1,0 +1,170 @@
+"""A job (what to draw, how, and where to) to files, one picture after the other."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sana_sprint import __version__
+from sana_sprint.cli import screen
+from sana_sprint.cli.files import picture_name, save_new
+from sana_sprint.cli.model import EMBEDDED, Model, choose_device, choose_dtype, find_model, load
+from sana_sprint.cli.records import Picture, Record, Settings, to_chunk
+from sana_sprint.cli.words import check_words
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sana_sprint import SanaSprintPipeline
+
+# A SANA-Sprint model draws in two steps; the flow model that it is distilled from needs about twenty.
+SPRINT_STEPS, FLOW_STEPS = 2, 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The settings asked for, before a model is loaded: None stands for the model's own."""
+
+    model: str
+    steps: int | None
+    timesteps: tuple[float, ...] | None
+    size: tuple[int, int] | None  # width and height, pixels
+    guidance: float
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of the command: `like` is the picture to draw again, with the file it was read from."""
+
+    pictures: tuple[Picture, ...]
+    request: Request
+    folder: Path
+    file_name: str | None  # None: named for prompt and seed
+    is_sheet: bool
+    like: tuple[Path, Record] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """One picture that was drawn, and the file it is in."""
+
+    picture: Picture
+    settings: Settings
+    file: Path
+    seconds: float
+
+
+def difference(stored: Settings, model: Model, torch_version: str) -> str | None:
+    """What a picture was drawn with that is another here, or None: a reason for other pixels."""
+    pairs = {
+        "model files": (stored.fingerprint, model.fingerprint),
+        "sana-sprint": (stored.version, __version__),
+        "torch": (stored.torch, torch_version),
+    }
+    differing = [f"{name} {there} (here {here})" for name, (there, here) in pairs.items() if there != here]
+    return ", ".join(differing) or None
+
+
+def _draw_one(pipe: "SanaSprintPipeline", picture: Picture, request: Request) -> "Image":
+    """One picture, alone in its batch and with its own generator, so that it can be drawn again alone."""
+    import torch
+
+    width, height = request.size or (None, None)
+    timetable: dict[str, Any] = {"num_inference_steps": request.steps}
+    if request.timesteps is not None:
+        timetable = {"timesteps": list(request.timesteps)}
+    images, *_ = pipe(
+        prompt=picture.prompt,
+        **timetable,
+        guidance_scale=request.guidance,
+        width=width,
+        height=height,
+        # On the CPU, so that a seed means the same noise on every device.
+        generator=torch.Generator("cpu").manual_seed(picture.seed),
+        output_type="pil",
+        return_dict=False,
+    )
+    return images[0]
+
+
+def _prepare(job: Job) -> tuple["SanaSprintPipeline", Request, Model]:
+    """The pipeline, the request with the model's own step count, and the model."""
+    import torch
+
+    model = find_model(job.request.model)
+    if model.name == EMBEDDED:
+        check_words([picture.prompt for picture in job.pictures])
+    device = choose_device(job.request.device)
+    dtype = choose_dtype(job.request.dtype, device)
+    if job.like is not None:
+        path, record = job.like
+        differing = difference(record.settings, model, str(torch.__version__))
+        if differing:
+            screen.report("warning", f"{path} was drawn with {differing}: the picture may differ")
+        torch.set_num_threads(record.settings.threads)
+    pipe = load(model, device, dtype, show_progress=screen.is_terminal())
+    request = replace(job.request, device=str(device), dtype=str(dtype).removeprefix("torch."))
+    if request.steps is None and request.timesteps is None:
+        is_sprint = type(pipe.scheduler).__name__ == "SCMScheduler"
+        request = replace(request, steps=SPRINT_STEPS if is_sprint else FLOW_STEPS)
+    return pipe, request, model
+
+
+def _settings(request: Request, model: Model, image: "Image") -> Settings:
+    import torch
+
+    return Settings(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        steps=request.steps,
+        timesteps=request.timesteps,
+        guidance=request.guidance,
+        width=image.width,
+        height=image.height,
+        dtype=request.dtype,
+        device=request.device,
+        threads=torch.get_num_threads(),
+        version=__version__,
+        torch=str(torch.__version__),
+    )
+
+
+def draw(job: Job) -> Iterator[Drawn]:
+    """Draws the job's pictures and yields each when its file is written; a sheet's all come at its end.
+
+    Raises ValueError or OSError, with a message for the user, for whatever stands in the way.
+    """
+    from tqdm import tqdm
+
+    pipe, request, model = _prepare(job)
+    sheet: list[tuple[Image, float]] = []
+    is_hidden = len(job.pictures) == 1 or not screen.is_terminal()
+    for picture in tqdm(job.pictures, desc="pictures", unit="picture", disable=is_hidden, leave=False):
+        start = time.perf_counter()
+        image = _draw_one(pipe, picture, request)
+        seconds = time.perf_counter() - start
+        if job.is_sheet:
+            sheet.append((image, seconds))
+            continue
+        settings = _settings(request, model, image)
+        record = Record(settings=settings, pictures=(picture,), is_sheet=False)
+        path = job.folder / (job.file_name or picture_name(picture.prompt, picture.seed))
+        file = save_new(image, path, to_chunk(record))
+        yield Drawn(picture=picture, settings=settings, file=file, seconds=seconds)
+    if job.is_sheet:
+        yield from _finish_sheet(job, sheet, _settings(request, model, sheet[0][0]))
+
+
+def _finish_sheet(job: Job, sheet: list[tuple["Image", float]], settings: Settings) -> Iterator[Drawn]:
+    from sana_sprint.cli.sheet import draw_sheet
+
+    image = draw_sheet([image for image, _ in sheet], [picture.prompt for picture in job.pictures])
+    record = Record(settings=settings, pictures=job.pictures, is_sheet=True)
+    first = job.pictures[0]
+    path = job.folder / (job.file_name or f"sheet-{picture_name(first.prompt, first.seed)}")
+    file = save_new(image, path, to_chunk(record))
+    for picture, (_, seconds) in zip(job.pictures, sheet, strict=True):
+        yield Drawn(picture=picture, settings=settings, file=file, seconds=seconds)

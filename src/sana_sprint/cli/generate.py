@@ -1,0 +1,181 @@
+"""`sana-sprint generate`: prompts and options in; pictures as PNG files, and where they lie, out."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from sana_sprint.cli import screen
+from sana_sprint.cli.drawing import FLOW_STEPS, SPRINT_STEPS, Drawn, Job, Request, draw
+from sana_sprint.cli.files import prepare_output
+from sana_sprint.cli.model import DTYPES, EMBEDDED
+from sana_sprint.cli.records import Picture, Record, Settings, read_record
+
+_DEFAULT_GUIDANCE = 4.5  # that of the pipeline
+_LARGEST_SEED = 2**63 - 1
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` on, for an option."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wanted a whole number, got {text!r}") from None
+        if not least <= value <= _LARGEST_SEED:
+            raise argparse.ArgumentTypeError(f"wanted {least} or more, below 2**63, got {value}")
+        return value
+
+    return parse
+
+
+def size(text: str) -> tuple[int, int]:
+    """Width and height in pixels from "1024x768"."""
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isascii() and side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"wanted width and height in pixels, such as 1024x768, got {text!r}")
+    return int(sides[0]), int(sides[1])
+
+
+def angles(text: str) -> tuple[float, ...]:
+    """Angles in radians from "1.57,1.3,0"."""
+    try:
+        return tuple(float(angle) for angle in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"wanted angles separated by commas, such as 1.57,1.3,0, got {text!r}"
+        ) from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options; their defaults are None, which tells `--like` that nothing was given."""
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("prompts", metavar="PROMPT", nargs="*", help="text of a picture; several draw several")
+    what.add_argument("--prompts", dest="prompts_file", metavar="FILE", help="one prompt a line; - is standard input")
+    what.add_argument(
+        "--like",
+        type=Path,
+        metavar="FILE.png",
+        help="draw this picture or sheet again, bit for bit; prompts and options beside it replace what it stored",
+    )
+    what.add_argument("--num-images", type=whole_number(1), metavar="N", help="pictures for each prompt (1)")
+    what.add_argument(
+        "--seed", type=whole_number(0), metavar="N", help="seed of each prompt's first picture, its next has N+1 (0)"
+    )
+
+    how = parser.add_argument_group("how to draw it")
+    how.add_argument("--model", metavar="MODEL", help=f"a pipeline folder, a hub id, or {EMBEDDED} ({EMBEDDED})")
+    how.add_argument(
+        "--steps",
+        type=whole_number(1),
+        metavar="N",
+        help=f"steps of the network ({SPRINT_STEPS}, and {FLOW_STEPS} for a model with a flow-matching scheduler)",
+    )
+    how.add_argument("--timesteps", type=angles, metavar="T,T,..", help="the angles themselves, in radians, down to 0")
+    how.add_argument("--size", type=size, metavar="WxH", help="width and height in pixels (those of the model)")
+    how.add_argument("--guidance", type=float, metavar="X", help=f"guidance scale ({_DEFAULT_GUIDANCE})")
+    how.add_argument("--dtype", choices=DTYPES, help="number format (auto: bfloat16 on CUDA, else float32)")
+    how.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps, .. (auto: the fastest of this machine)")
+
+    where = parser.add_argument_group("where to put it")
+    where.add_argument("--output", type=Path, metavar="PATH", help="a folder, or a file ending in .png (this folder)")
+    where.add_argument("--grid", action="store_true", help="one sheet with captions instead of single pictures")
+    where.add_argument("--json", action="store_true", help="print what was drawn as one JSON document, nothing else")
+    parser.set_defaults(run=run)
+
+
+def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
+    """The prompts of the command line, then those of the file, one a line, without its empty lines."""
+    prompts = list(given)
+    if file is not None:
+        try:
+            text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not text in UTF-8") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{'standard input' if file == '-' else file} holds no prompt")
+        prompts += lines
+    return prompts
+
+
+def choose_pictures(options: argparse.Namespace, like: Record | None) -> tuple[Picture, ...]:
+    """What to draw: each prompt with seeds that count up from the first, or just what `like` shows.
+
+    A picture's seed depends on nothing but its own prompt's count, so it is the same alone and among others.
+    """
+    prompts = read_prompts(options.prompts, options.prompts_file)
+    seed = options.seed
+    if like is not None:
+        if not prompts and seed is None and options.num_images is None:
+            return like.pictures
+        prompts = prompts or list(dict.fromkeys(picture.prompt for picture in like.pictures))
+        seed = like.pictures[0].seed if seed is None else seed
+    if not prompts:
+        raise ValueError('nothing to draw: give a prompt, such as "a red circle left of a blue square"')
+    seed, count = seed or 0, options.num_images or 1
+    if seed + count - 1 > _LARGEST_SEED:
+        raise ValueError(f"--seed {seed} with --num-images {count} goes beyond the largest seed, {_LARGEST_SEED}")
+    return tuple(Picture(prompt=prompt, seed=seed + index) for prompt in prompts for index in range(count))
+
+
+def choose_request(options: argparse.Namespace, like: Settings | None) -> Request:
+    """The settings given, completed by those that `like` stored."""
+    if options.steps is not None and options.timesteps is not None:
+        raise ValueError("--steps and --timesteps exclude each other: the angles say how many steps there are")
+    request = Request(
+        model=like.model if like else EMBEDDED,
+        steps=like.steps if like else None,
+        timesteps=like.timesteps if like else None,
+        size=(like.width, like.height) if like else None,
+        guidance=like.guidance if like else _DEFAULT_GUIDANCE,
+        dtype=like.dtype if like else "auto",
+        device=like.device if like else "auto",
+    )
+    if options.steps is not None or options.timesteps is not None:
+        request = replace(request, steps=options.steps, timesteps=options.timesteps)
+    names = ("model", "size", "guidance", "dtype", "device")
+    return replace(request, **{name: getattr(options, name) for name in names if getattr(options, name) is not None})
+
+
+def choose_job(options: argparse.Namespace) -> Job:
+    """The whole job; makes the folder for its pictures. Raises ValueError or OSError for options that do not fit."""
+    record = read_record(options.like) if options.like is not None else None
+    pictures = choose_pictures(options, record)
+    request = choose_request(options, record.settings if record else None)
+    folder, file_name = prepare_output(options.output)
+    return Job(
+        pictures=pictures,
+        request=request,
+        folder=folder,
+        file_name=file_name,
+        is_sheet=options.grid or (record is not None and record.is_sheet),
+        like=(options.like, record) if record else None,
+    )
+
+
+def as_document(drawn: Sequence[Drawn]) -> dict[str, object]:
+    """What `--json` prints: the settings that all pictures share, and each picture with its file and seconds."""
+    pictures = [
+        {"file": str(one.file), **asdict(one.picture), "seconds": round(one.seconds, 3)}  # seconds of drawing alone
+        for one in drawn
+    ]
+    return {**asdict(drawn[0].settings), "pictures": pictures}
+
+
+def run(options: argparse.Namespace) -> None:
+    """Draws what the options ask for and prints where it lies, each file as soon as it is there."""
+    from tqdm import tqdm
+
+    job = choose_job(options)
+    drawn: list[Drawn] = []
+    with screen.quiet_libraries():
+        for one in draw(job):
+            if not options.json and one.file not in [earlier.file for earlier in drawn]:
+                tqdm.write(f"wrote {one.file}")  # between the progress bars, if there are any
+            drawn.append(one)
+    if options.json:
+        print(json.dumps(as_document(drawn), indent=2))

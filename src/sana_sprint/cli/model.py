@@ -1,0 +1,129 @@
+"""A model's name, a device and a number format, as a user gives them, to a pipeline ready to draw."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from sana_sprint import SanaSprintPipeline
+
+EMBEDDED = "embedded"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_SAMPLE_BYTES = 2**20
+_COMPONENT_FILES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A pipeline folder: the name it was asked for by, where it lies, and what tells it from another."""
+
+    name: str
+    folder: Path
+    fingerprint: str
+
+
+def find_model(name: str) -> Model:
+    """The pipeline folder behind a name: `embedded`, a folder, or the id of a model on the hub, which is fetched.
+
+    Raises ValueError if a folder holds no pipeline and OSError if there is no such folder or model.
+    """
+    if name == EMBEDDED:
+        from sana_sprint.assets import embedded_checkpoint
+
+        folder = embedded_checkpoint()
+    elif Path(name).expanduser().exists():
+        folder = Path(name).expanduser()
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{name} is no pipeline folder: it holds no model_index.json")
+    elif _is_hub_id(name):
+        from sana_sprint import SanaSprintPipeline
+
+        try:
+            folder = Path(SanaSprintPipeline.download(name))
+        except OSError as error:
+            raise OSError(f"there is no folder {name}, and the hub gave no such model: {error}") from error
+    else:
+        raise FileNotFoundError(f"no folder {name}; --model takes a pipeline folder or a hub id such as owner/name")
+    return Model(name=name, folder=folder, fingerprint=fingerprint(folder))
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def fingerprint(folder: Path) -> str:
+    """Sixteen hex digits that change with the pipeline's files: their names, sizes, and first and last mebibyte.
+
+    Weights of gigabytes are not read whole; training changes every part of them.
+    """
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'model_index.json'} is not valid JSON: {error}") from None
+    components = [folder / name for name in sorted(index) if (folder / name).is_dir()]
+    files = [path for part in components for path in sorted(part.rglob("*")) if path.suffix in _COMPONENT_FILES]
+    digest = hashlib.sha256()
+    for path in [folder / "model_index.json", *files]:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(_SAMPLE_BYTES))
+            if size > _SAMPLE_BYTES:
+                stream.seek(max(_SAMPLE_BYTES, size - _SAMPLE_BYTES), os.SEEK_SET)
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def choose_device(asked: str) -> "torch.device":
+    """The device to draw on; `auto` is CUDA, else Apple's MPS, else the CPU.
+
+    Raises ValueError if torch knows no such device or it is not there.
+    """
+    import torch
+
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"cannot draw on --device {asked}: {reason}") from None
+    return device
+
+
+def choose_dtype(asked: str, device: "torch.device") -> "torch.dtype":
+    """The number format of weights and activations; `auto` is bfloat16 on CUDA, where it is fast, else float32."""
+    import torch
+
+    if asked == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, asked)
+
+
+def load(model: Model, device: "torch.device", dtype: "torch.dtype", show_progress: bool) -> "SanaSprintPipeline":
+    """The pipeline on its device, its bars shown or not.
+
+    Raises ValueError or OSError, as diffusers does, if the folder's files do not make a pipeline.
+    """
+    import diffusers
+    import transformers
+
+    from sana_sprint import SanaSprintPipeline
+
+    set_bars = (
+        diffusers.utils.logging.enable_progress_bar if show_progress else diffusers.utils.logging.disable_progress_bar
+    )
+    set_bars()
+    transformers.utils.logging.disable_progress_bar()
+    pipe = SanaSprintPipeline.from_pretrained(model.folder, torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=not show_progress, leave=False)
+    return pipe.to(device)

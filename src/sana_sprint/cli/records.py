@@ -1,0 +1,90 @@
+"""What made a picture, to the text chunk of its PNG and back: everything needed to draw it again."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.PngImagePlugin import PngInfo
+
+CHUNK = "sana_sprint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One picture of a run: its prompt and the seed of its own generator."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything beside prompt and seed that decides a picture's pixels, or tells why they may differ."""
+
+    model: str  # "embedded", or the folder or hub id as the user gave it
+    fingerprint: str
+    steps: int | None  # None where timesteps say it
+    timesteps: tuple[float, ...] | None
+    guidance: float
+    width: int  # pixels
+    height: int
+    dtype: str
+    device: str
+    threads: int  # sums on the CPU depend on how many threads share them
+    version: str
+    torch: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The settings of a PNG and what it shows: one picture, or a sheet of several."""
+
+    settings: Settings
+    pictures: tuple[Picture, ...]
+    is_sheet: bool
+
+
+def to_chunk(record: Record) -> "PngInfo":
+    """The record as a PNG text chunk, JSON in plain ASCII."""
+    from PIL.PngImagePlugin import PngInfo
+
+    pictures = [asdict(picture) for picture in record.pictures]
+    shown: dict[str, Any] = {"pictures": pictures} if record.is_sheet else pictures[0]
+    text = PngInfo()
+    text.add_text(CHUNK, json.dumps({**shown, **asdict(record.settings)}))
+    return text
+
+
+def read_record(path: Path) -> Record:
+    """The record stored in a PNG that this command wrote.
+
+    Raises OSError if the file cannot be read and ValueError if it is no such PNG.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()  # a text chunk may follow the pixels
+            chunk = image.info.get(CHUNK)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is no picture") from None
+    if chunk is None:
+        raise ValueError(f"{path} holds no {CHUNK} text chunk: it was not drawn by sana-sprint generate")
+    try:
+        return _parse(json.loads(chunk))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"the {CHUNK} text chunk of {path} cannot be understood ({error!r})") from None
+
+
+def _parse(values: dict[str, Any]) -> Record:
+    settings = {field.name: values[field.name] for field in fields(Settings)}
+    if settings["timesteps"] is not None:
+        settings["timesteps"] = tuple(float(angle) for angle in settings["timesteps"])
+    is_sheet = "pictures" in values
+    shown = values["pictures"] if is_sheet else [values]
+    pictures = tuple(Picture(prompt=str(picture["prompt"]), seed=int(picture["seed"])) for picture in shown)
+    if not pictures:
+        raise ValueError("a sheet without pictures")
+    return Record(settings=Settings(**settings), pictures=pictures, is_sheet=is_sheet)
