@@ -28,7 +28,8 @@ demo: $(READY)
 		"a red circle left of a blue square" \
 		"a green triangle above a red star" \
 		"a blue circle below a yellow square" \
-		"a yellow star right of a green circle"
+		"a yellow star right of a green circle" \
+		"a purple cross on a white ground"
 
 test: $(READY)
 	@$(OFFLINE) $(BIN)/python -m pytest --quiet --numprocesses $(JOBS) --dist loadfile
@@ -57,5 +58,5 @@ $(READY): setup.py constraints.txt
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); name another with PYTHON=..."; exit 1; }
 	@echo "installing into .venv, once; this takes some minutes"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)

@@ -52,7 +52,6 @@ setup(
     ],
     extras_require={
         "lora": ["peft>=0.17"],
-        "train": ["tensorboard>=2.18"],
         "dev": ["mypy>=1.15", "peft>=0.17", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
     entry_points={"console_scripts": ["sana-sprint = sana_sprint.cli.main:main"]},

@@ -1,6 +1,7 @@
 """Our pipeline beside diffusers' with the same weights, seeds and arguments: the same latents and pictures."""
 
 import inspect
+from copy import deepcopy
 
 import diffusers.pipelines.sana.pipeline_sana_sprint as their_pipeline
 import pytest
@@ -120,8 +121,6 @@ def test_diffusers_components_give_the_same_result_in_our_pipeline(their_parts, 
 
 
 def test_bfloat16_is_as_close_to_float32_as_diffusers_is(tiny_pipeline_parts, their_parts, short, seeded):
-    from copy import deepcopy
-
     def latents(pipeline_class, parts, dtype):
         parts = {
             name: deepcopy(part).to(dtype) if isinstance(part, torch.nn.Module) else part
@@ -135,5 +134,5 @@ def test_bfloat16_is_as_close_to_float32_as_diffusers_is(tiny_pipeline_parts, th
     theirs = latents(their_pipeline.SanaSprintPipeline, their_parts, torch.bfloat16)
     ours = latents(SanaSprintPipeline, tiny_pipeline_parts, torch.bfloat16)
     assert ours.dtype == torch.float32
-    # Roundings are random: half as much again is room for luck, and far from what a cast in the wrong place costs.
-    assert (ours - exact).norm() < 1.5 * (theirs - exact).norm()
+    # Roundings are random: over several seeds ours were 0.94 to 1.09 of theirs.
+    assert (ours - exact).norm() < 1.25 * (theirs - exact).norm()

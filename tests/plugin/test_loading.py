@@ -180,17 +180,6 @@ def test_a_folder_that_is_not_there_is_an_error_that_names_it(tmp_path):
         SanaSprintPipeline.from_pretrained(tmp_path)
 
 
-def test_a_quantised_transformer_is_ours(published):
-    torchao = pytest.importorskip("torchao.quantization")
-    weights = {"transformer": diffusers.TorchAoConfig(torchao.Int8WeightOnlyConfig())}
-    pipe = SanaSprintPipeline.from_pretrained(
-        published, quantization_config=diffusers.PipelineQuantizationConfig(quant_mapping=weights)
-    )
-    assert type(pipe.transformer) is SanaTransformer2DModel
-    assert pipe.transformer.is_quantized
-    assert draw(pipe).isfinite().all()
-
-
 # C1
 def test_a_cast_of_our_models_does_not_warn_of_an_empty_list(published, caplog):
     pipe = SanaSprintPipeline.from_pretrained(published)

@@ -9,7 +9,9 @@ from torch import nn
 
 from sana_sprint.training.loop import Draws, OptimiserSettings, learning_rate, train, write_whole
 
-SETTINGS = OptimiserSettings(steps=12, batch_size=4, learning_rate=1e-2, warmup_steps=3, checkpoint_every=4, log_every=1)
+SETTINGS = OptimiserSettings(
+    steps=12, batch_size=4, learning_rate=1e-2, warmup_steps=3, checkpoint_every=4, log_every=1
+)
 
 
 def regression(seed: int = 0):

@@ -7,12 +7,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma2Model, GemmaTokenizer
 
 from sana_sprint import SanaSprintPipeline
+from sana_sprint.shapes.captions import is_held_out
+from sana_sprint.text.encoder import encode_prompts
+from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana_sprint.training.autoencoder import gradient_difference, whitening_loss
 from sana_sprint.training.data import to_pictures, to_tensor
 from sana_sprint.training.flow import (
     FlowData,
+    encode_captions,
     initialise,
     noisy_latents,
     predict_velocity,
@@ -65,16 +70,37 @@ def test_a_second_run_finds_every_stage_done_and_changes_nothing(trained):
 def test_a_stage_before_its_predecessor_names_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="stage 'autoencoder' has left no result"):
         ShapesTraining(tmp_path, RECIPE).run(["flow"])
-    with pytest.raises(ValueError, match="stages must be of autoencoder, language"):
+    with pytest.raises(ValueError, match="stages must be of autoencoder, decoder, language"):
         ShapesTraining(tmp_path, RECIPE).run(["flwo"])
 
 
 def test_no_training_caption_is_held_out(trained):
-    from sana_sprint.shapes.captions import is_held_out
-
     captions = ShapesTraining(trained, RECIPE).pool().captions
     assert len(captions) == RECIPE.num_pictures
     assert not any(is_held_out(caption) for caption in captions)
+
+
+def test_captions_read_behind_the_kept_instruction_are_those_of_a_pipeline(trained):
+    tokenizer = GemmaTokenizer.from_pretrained(trained / "language" / "tokenizer")
+    text_encoder = Gemma2Model.from_pretrained(trained / "language" / "text_encoder")
+    captions = ["a red circle", "Two small blue squares.", "a star above a cross"]
+    embeds, masks = encode_captions(tokenizer, text_encoder, captions, length=32)
+    with torch.no_grad():
+        wanted = encode_prompts(
+            tokenizer,
+            text_encoder,
+            captions,
+            device="cpu",
+            dtype=torch.float32,
+            max_sequence_length=32,
+            instruction=COMPLEX_HUMAN_INSTRUCTION,
+        )
+    assert torch.equal(masks[:-1], wanted.mask)
+    is_text = wanted.mask.bool()
+    # The features are stored in bfloat16, with 8 bits.
+    torch.testing.assert_close(embeds[:-1][is_text].float(), wanted.embeds[is_text], rtol=2**-8, atol=1e-4)
+    with pytest.raises(ValueError, match="captions must fit 3 tokens, found one of"):
+        encode_captions(tokenizer, text_encoder, captions, length=3)
 
 
 def test_pictures_survive_the_way_to_tensors_and_back():

@@ -34,19 +34,19 @@ def test_an_attention_backend_reaches_the_softmax_attention(make_transformer, in
     torch.testing.assert_close(model(**inputs).sample, expected, **SAME)
 
 
-@torch.no_grad()
-def test_the_chosen_backend_is_the_one_that_computes(make_transformer, inputs, default_backend):
-    model = make_transformer()
-    # The fused CPU kernel is recorded under its own name; the mathematical backend has none.
-    kernels = {}
-    for backend in ("native", "_native_math"):
-        model.set_attention_backend(backend)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            model(**inputs)
-        kernels[backend] = {event.key for event in profile.key_averages()}
-    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in kernels["native"]
-    assert "aten::_scaled_dot_product_attention_math" in kernels["_native_math"]
-    assert "aten::_scaled_dot_product_flash_attention_for_cpu" not in kernels["_native_math"]
+def kernels_of(model, inputs) -> set[str]:
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(**inputs)
+    return {event.key for event in profile.key_averages()}
+
+
+def test_every_model_computes_with_its_own_backend(make_transformer, inputs, default_backend):
+    mathematical, fused = make_transformer(), make_transformer()
+    mathematical.set_attention_backend("_native_math")
+    fused.set_attention_backend("native")  # from here on also the default, which the first model does not follow
+    kernel = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert kernel in kernels_of(fused, inputs)
+    assert kernel not in kernels_of(mathematical, inputs)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -340,7 +341,7 @@ class SprintPipeline(PublishedPipeline, DiffusionPipeline):
         """The first latents to the autoencoder's, times its scaling factor."""
 
         def network(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            return self.flow_velocity(latents, time, conditioning)
+            return self.flow_velocity(latents, time, conditioning)  # of the present step: callbacks exchange it
 
         estimate = latents
         timesteps = clock.timesteps
@@ -352,7 +353,7 @@ class SprintPipeline(PublishedPipeline, DiffusionPipeline):
                 if index == len(timesteps) - 1:
                     latents = estimate  # one tensor, so that a callback that edits it in place edits the result
                 if call.callback_on_step_end is not None:
-                    edited = self._call_back(call, index, timestep, latents, conditioning)
+                    edited, conditioning = self._call_back(call, index, timestep, latents, conditioning)
                     if edited is not latents:
                         latents = estimate = edited
                 progress.update()
@@ -360,18 +361,21 @@ class SprintPipeline(PublishedPipeline, DiffusionPipeline):
 
     def _call_back(
         self, call: Call, index: int, timestep: torch.Tensor, latents: torch.Tensor, conditioning: Conditioning
-    ) -> torch.Tensor:
-        """Show the caller what was asked for after a step; returns the latents to go on with."""
+    ) -> tuple[torch.Tensor, Conditioning]:
+        """Show the caller what was asked for after a step; returns latents and conditioning to go on with."""
         tensors = {
             "latents": latents,
             "prompt_embeds": conditioning.prompt_embeds,
             "prompt_attention_mask": conditioning.prompt_attention_mask,
         }
         shown = {name: tensors[name] for name in call.callback_tensors}
-        tensors.update(call.callback_on_step_end(self, index, timestep, shown) or {})  # type: ignore[misc]
-        conditioning.prompt_embeds = tensors["prompt_embeds"]
-        conditioning.prompt_attention_mask = tensors["prompt_attention_mask"]
-        return tensors["latents"]
+        returned = call.callback_on_step_end(self, index, timestep, shown) or {}  # type: ignore[misc]
+        tensors.update({name: value for name, value in returned.items() if name in tensors})
+        latents = tensors.pop("latents")
+        # Made anew even for the same tensors, which the callback may have edited in place.
+        if tensors.keys() & (shown.keys() | returned.keys()):
+            conditioning = replace(conditioning, **tensors)
+        return latents, conditioning
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents to pixels (B, 3, height, width) in [-1, 1].

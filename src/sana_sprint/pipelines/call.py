@@ -5,12 +5,14 @@ B pictures, C channels, H W latent grid, L text tokens, D width of the text enco
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from sana_sprint.pipelines.images import Canvas
+from sana_sprint.text.encoder import drop_padding
 
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 
@@ -61,10 +63,15 @@ class Plan:
     guidance_scale: float
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Conditioning:
     """What the network is told besides latents and time. A callback may exchange the text between two steps."""
 
     prompt_embeds: torch.Tensor  # B L D
     prompt_attention_mask: torch.Tensor  # B L
     guidance: torch.Tensor | None  # B, already scaled; None for a network that takes none
+
+    @cached_property
+    def text(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings and mask without padding, which most of L is; no mask for texts of one length."""
+        return drop_padding(self.prompt_embeds, self.prompt_attention_mask)

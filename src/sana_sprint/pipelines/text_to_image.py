@@ -56,10 +56,11 @@ class SanaSprintPipeline(SprintPipeline, SanaLoraLoaderMixin):
     def flow_velocity(self, latents: torch.Tensor, time: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The transformer's."""
         dtype = self.transformer.dtype
+        embeds, mask = conditioning.text
         return self.transformer(
             latents.to(dtype),
-            encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
-            encoder_attention_mask=conditioning.prompt_attention_mask,
+            encoder_hidden_states=embeds.to(dtype),
+            encoder_attention_mask=mask,
             timestep=time,
             guidance=conditioning.guidance,
             attention_kwargs=self.attention_kwargs,

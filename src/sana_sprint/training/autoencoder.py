@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 
 from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.training.data import PicturePool, to_tensor
@@ -24,6 +25,9 @@ class AutoencoderSettings:
     # Standard deviation of the noise on unit-variance latents: the decoder learns to forgive the flow's errors.
     latent_noise: float = 0.1
     whiten_weight: float = 0.05
+    # The second stage, on frozen latents: squares weigh the few pixels that are quite wrong, such as lost points.
+    decoder_optimiser: OptimiserSettings
+    decoder_square_weight: float = 4.0
     compile: bool = True
 
 
@@ -40,30 +44,27 @@ def whitening_loss(latents: torch.Tensor) -> torch.Tensor:
 
 
 def reconstruction_losses(
-    vae: AutoencoderDC, pixels: torch.Tensor, draws: Draws, settings: AutoencoderSettings
+    vae: AutoencoderDC,
+    latents: torch.Tensor,
+    pixels: torch.Tensor,
+    draws: Draws,
+    settings: AutoencoderSettings,
+    square_weight: float,
 ) -> dict[str, torch.Tensor]:
-    """Losses of one batch of pictures (B, 3, H, W) in [-1, 1]."""
-    latents = vae.encode(pixels, return_dict=False)[0]
+    """Losses of decoding latents (B, C, h, w), made noisy, to the pictures (B, 3, H, W) in [-1, 1] they stand for."""
     noise = torch.randn(latents.shape, generator=draws.torch).to(latents)
     decoded = vae.decode(latents + settings.latent_noise * noise, return_dict=False)[0].float()
     absolute, square = F.l1_loss(decoded, pixels), F.mse_loss(decoded, pixels)
-    whiteness = whitening_loss(latents)
-    loss = (
-        absolute
-        + settings.square_weight * square
-        + settings.gradient_weight * gradient_difference(decoded, pixels)
-        + settings.whiten_weight * whiteness
-    )
-    return {"loss": loss, "absolute": absolute, "square": square, "whiteness": whiteness}
+    edges = gradient_difference(decoded, pixels)
+    loss = absolute + square_weight * square + settings.gradient_weight * edges
+    return {"loss": loss, "absolute": absolute, "square": square, "edges": edges}
 
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderDC, pictures: np.ndarray, batch_size: int = 256) -> torch.Tensor:
     """Unscaled latents (M, C, h, w) float32 of pictures (M, H, W, 3) uint8."""
-    parts = [
-        vae.encode(to_tensor(pictures[start : start + batch_size]), return_dict=False)[0]
-        for start in range(0, len(pictures), batch_size)
-    ]
+    starts = tqdm(range(0, len(pictures), batch_size), desc="encoding pictures", unit="batch", dynamic_ncols=True)
+    parts = [vae.encode(to_tensor(pictures[start : start + batch_size]), return_dict=False)[0] for start in starts]
     return torch.cat(parts).contiguous()
 
 
@@ -86,9 +87,29 @@ def train_autoencoder(pool: PicturePool, settings: AutoencoderSettings, folder: 
 
     def losses(draws: Draws) -> dict[str, torch.Tensor]:
         pixels = pool.batch(draws.numpy, settings.optimiser.batch_size)
-        return reconstruction_losses(vae, pixels, draws, settings)
+        latents = vae.encode(pixels, return_dict=False)[0]
+        parts = reconstruction_losses(vae, latents, pixels, draws, settings, settings.square_weight)
+        whiteness = whitening_loss(latents)
+        return {**parts, "loss": parts["loss"] + settings.whiten_weight * whiteness, "whiteness": whiteness}
 
     average = train(vae, losses, settings.optimiser, folder, "autoencoder")
     deviation = encode_pictures(average, pool.pictures[:4096]).std().item()
     average.register_to_config(scaling_factor=round(1 / deviation, 5))
     return average
+
+
+def refine_decoder(vae: AutoencoderDC, pool: PicturePool, settings: AutoencoderSettings, folder: Path) -> AutoencoderDC:
+    """Train the decoder further, on the latents as they are: a flow that learned them stays valid."""
+    vae.encoder.requires_grad_(False)
+    vae.to(memory_format=torch.channels_last)
+    if settings.compile:
+        vae.encoder.compile()
+        vae.decoder.compile()
+
+    def losses(draws: Draws) -> dict[str, torch.Tensor]:
+        pixels = pool.batch(draws.numpy, settings.decoder_optimiser.batch_size)
+        with torch.no_grad():
+            latents = vae.encode(pixels, return_dict=False)[0]
+        return reconstruction_losses(vae, latents, pixels, draws, settings, settings.decoder_square_weight)
+
+    return train(vae, losses, settings.decoder_optimiser, folder, "decoder").requires_grad_(True)

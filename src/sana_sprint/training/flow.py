@@ -16,8 +16,9 @@ from transformers import Gemma2Model, GemmaTokenizer
 
 from sana_sprint.layers.attention import SanaAttention
 from sana_sprint.layers.embeddings import TimeGuidanceEmbedding
+from sana_sprint.text.cleaning import normalise
 from sana_sprint.text.encoder import encode_prompts
-from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION
+from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_prefix
 from sana_sprint.training.loop import Draws, OptimiserSettings, train
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
@@ -69,29 +70,42 @@ def encode_captions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (M + 1, length, width) in bfloat16 and masks of captions as a pipeline encodes them, then of "".
 
-    The empty caption stands without the instruction, as in SANA's unconditional text.
+    The empty caption stands without the instruction, as in SANA's unconditional text. The instruction is ten times as
+    long as a caption and always the same: it is read once, and its keys and values are kept for all captions.
+
+    Raises:
+        ValueError: for a caption of more than `length` tokens.
     """
     text_encoder.eval()
+    instruction = instruction_prefix(COMPLEX_HUMAN_INSTRUCTION)
+    # The instruction ends in a space, which becomes part of the caption's first token.
+    shared = tokenizer(instruction, return_tensors="pt").input_ids[:, :-1]
+    read = text_encoder(shared, use_cache=True)
+    texts = [instruction + normalise(caption, clean=False) for caption in captions]
+    suffixes = [ids[shared.shape[1] :] for ids in tokenizer(texts).input_ids]
+    longest = max(map(len, suffixes)) + 1
+    if longest > length:
+        raise ValueError(f"captions must fit {length} tokens, found one of {longest}")
 
-    def encode(texts: list[str], instruction: tuple[str, ...] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = encode_prompts(
-            tokenizer,
-            text_encoder,
-            texts,
-            device="cpu",
-            dtype=torch.bfloat16,
-            max_sequence_length=length,
-            instruction=instruction,
-        )
-        if any(encoded.cut):
-            raise ValueError(f"captions must fit {length} tokens, cut: {[cut for cut in encoded.cut if cut][:3]}")
-        # Padding is masked; zeros keep its hidden states from mattering to anything.
-        return encoded.embeds * encoded.mask[:, :, None].to(torch.bfloat16), encoded.mask
-
-    starts = tqdm(range(0, len(captions), batch_size), desc="encoding captions", unit="batch", dynamic_ncols=True)
-    parts = [encode(captions[start : start + batch_size], COMPLEX_HUMAN_INSTRUCTION) for start in starts]
-    parts.append(encode([""], None))
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    embeds = torch.zeros(len(captions) + 1, length, text_encoder.config.hidden_size, dtype=torch.bfloat16)
+    masks = torch.zeros(len(captions) + 1, length, dtype=torch.long)
+    embeds[:, 0], masks[:, 0] = read.last_hidden_state[:, 0].bfloat16(), 1
+    by_length = sorted(range(len(captions)), key=lambda index: len(suffixes[index]))
+    for start in tqdm(range(0, len(captions), batch_size), desc="encoding captions", unit="batch", dynamic_ncols=True):
+        chosen = by_length[start : start + batch_size]
+        padded = tokenizer.pad({"input_ids": [suffixes[i] for i in chosen]}, padding_side="right", return_tensors="pt")
+        cache = copy.deepcopy(read.past_key_values)
+        cache.batch_repeat_interleave(len(chosen))
+        mask = torch.cat([torch.ones(len(chosen), shared.shape[1], dtype=torch.long), padded.attention_mask], dim=1)
+        hidden = text_encoder(padded.input_ids, attention_mask=mask, past_key_values=cache).last_hidden_state
+        size = padded.input_ids.shape[1]
+        embeds[chosen, 1 : size + 1] = (hidden * padded.attention_mask[:, :, None]).bfloat16()
+        masks[chosen, 1 : size + 1] = padded.attention_mask
+    empty = encode_prompts(
+        tokenizer, text_encoder, [""], device="cpu", dtype=torch.bfloat16, max_sequence_length=length
+    )
+    embeds[-1], masks[-1] = empty.embeds[0] * empty.mask[0, :, None].bfloat16(), empty.mask[0]
+    return embeds, masks
 
 
 def draw_times(draws: Draws, size: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from sana_sprint.training.autoencoder import (
     AutoencoderSettings,
     encode_pictures,
     peak_signal_to_noise,
+    refine_decoder,
     train_autoencoder,
 )
 from sana_sprint.training.data import PicturePool, picture_pool
@@ -28,7 +29,7 @@ from sana_sprint.training.language import LanguageSettings, train_language_model
 from sana_sprint.training.loop import OptimiserSettings, write_whole
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
-STAGES = ("autoencoder", "language", "flow", "guidance", "assemble")
+STAGES = ("autoencoder", "decoder", "language", "flow", "guidance", "assemble")
 
 # Width of the text features, and so of the captions the transformer reads.
 _TEXT_WIDTH = 128
@@ -51,7 +52,8 @@ def _autoencoder_settings() -> AutoencoderSettings:
     optimiser = OptimiserSettings(
         steps=5000, batch_size=32, learning_rate=1e-3, warmup_steps=300, weight_decay=0.0, ema_decay=0.998, seed=11
     )
-    return AutoencoderSettings(config=config, optimiser=optimiser)
+    decoder_optimiser = replace(optimiser, steps=4000, learning_rate=5e-4, warmup_steps=100, seed=15)
+    return AutoencoderSettings(config=config, optimiser=optimiser, decoder_optimiser=decoder_optimiser)
 
 
 def _language_settings() -> LanguageSettings:
@@ -93,9 +95,9 @@ def _flow_settings() -> FlowSettings:
     }
     return FlowSettings(
         config=config,
-        optimiser=OptimiserSettings(steps=8000, batch_size=64, learning_rate=1e-3, warmup_steps=300, seed=13),
+        optimiser=OptimiserSettings(steps=6000, batch_size=64, learning_rate=1e-3, warmup_steps=300, seed=13),
         guidance_optimiser=OptimiserSettings(
-            steps=800, batch_size=64, learning_rate=3e-4, warmup_steps=50, ema_decay=0.995, seed=14
+            steps=600, batch_size=64, learning_rate=3e-4, warmup_steps=50, ema_decay=0.995, seed=14
         ),
     )
 
@@ -107,7 +109,7 @@ class ShapesRecipe:
     picture_size: int = 64
     num_pictures: int = 60_000
     pool_seed: int = 1
-    max_caption_tokens: int = 40
+    max_caption_tokens: int = 32
     autoencoder: AutoencoderSettings = field(default_factory=_autoencoder_settings)
     language: LanguageSettings = field(default_factory=_language_settings)
     flow: FlowSettings = field(default_factory=_flow_settings)
@@ -119,11 +121,16 @@ def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: i
     def fewer(settings: OptimiserSettings) -> OptimiserSettings:
         return replace(settings, steps=steps, batch_size=batch_size, warmup_steps=1)
 
-    flow = recipe.flow
+    autoencoder, flow = recipe.autoencoder, recipe.flow
     return replace(
         recipe,
         num_pictures=num_pictures,
-        autoencoder=replace(recipe.autoencoder, optimiser=fewer(recipe.autoencoder.optimiser), compile=False),
+        autoencoder=replace(
+            autoencoder,
+            optimiser=fewer(autoencoder.optimiser),
+            decoder_optimiser=fewer(autoencoder.decoder_optimiser),
+            compile=False,
+        ),
         language=replace(recipe.language, optimiser=fewer(recipe.language.optimiser)),
         flow=replace(
             flow,
@@ -163,6 +170,11 @@ class ShapesTraining:
         vae = train_autoencoder(self.pool(), self.recipe.autoencoder, self.folder / "autoencoder" / "run")
         vae.save_pretrained(self.folder / "autoencoder" / "vae")
 
+    def decoder(self) -> None:
+        vae = AutoencoderDC.from_pretrained(self._result("autoencoder", "vae"))
+        run = self.folder / "decoder" / "run"
+        refine_decoder(vae, self.pool(), self.recipe.autoencoder, run).save_pretrained(self.folder / "decoder" / "vae")
+
     def language(self) -> None:
         captions = self.pool().captions
         tokenizer, model = train_language_model(captions, self.recipe.language, self.folder / "language" / "run")
@@ -187,7 +199,7 @@ class ShapesTraining:
             self._result("guidance", "transformer"), torch_dtype=torch.bfloat16
         )
         transformer.save_pretrained(partial / "transformer")
-        self._vae(torch.bfloat16).save_pretrained(partial / "vae")
+        self._vae("decoder", torch.bfloat16).save_pretrained(partial / "vae")
         text_encoder = Gemma2Model.from_pretrained(self._result("language", "text_encoder"), dtype=torch.bfloat16)
         text_encoder.save_pretrained(partial / "text_encoder")
         GemmaTokenizer.from_pretrained(self._result("language", "tokenizer")).save_pretrained(partial / "tokenizer")
@@ -212,18 +224,18 @@ class ShapesTraining:
                 "numpy": np.__version__,
             },
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-            "reconstruction_decibels": round(peak_signal_to_noise(self._vae(torch.float32), pictures), 2),
+            "reconstruction_decibels": round(peak_signal_to_noise(self._vae("decoder", torch.float32), pictures), 2),
             "losses": {stage: _thinned(path) for stage, path in logs.items()},
         }
 
-    def _vae(self, dtype: torch.dtype) -> AutoencoderDC:
-        return AutoencoderDC.from_pretrained(self._result("autoencoder", "vae"), torch_dtype=dtype).eval()
+    def _vae(self, stage: str, dtype: torch.dtype) -> AutoencoderDC:
+        return AutoencoderDC.from_pretrained(self._result(stage, "vae"), torch_dtype=dtype).eval()
 
     def _flow_data(self) -> FlowData:
         """Latents and text features of the pool; computed once, then read from the folder."""
         cache = self.folder / "flow" / "data.pt"
         if not cache.exists():
-            pool, vae = self.pool(), self._vae(torch.float32).to(memory_format=torch.channels_last)
+            pool, vae = self.pool(), self._vae("autoencoder", torch.float32).to(memory_format=torch.channels_last)
             latents = encode_pictures(vae, pool.pictures) * vae.config.scaling_factor
             tokenizer = GemmaTokenizer.from_pretrained(self._result("language", "tokenizer"))
             text_encoder = Gemma2Model.from_pretrained(self._result("language", "text_encoder"))
