@@ -49,7 +49,7 @@ def picture_pool(folder: Path, num_pictures: int, size: int, seed: int) -> Pictu
     if not captions_path.exists():
         rng = np.random.default_rng(seed)
         pictures, captions = np.empty((num_pictures, size, size, 3), np.uint8), []
-        for index in tqdm(range(num_pictures), desc="rendering", unit="picture", dynamic_ncols=True):
+        for index in tqdm(range(num_pictures), desc="rendering", unit="picture", dynamic_ncols=True, disable=None):
             example = draw_example(rng)
             pictures[index] = render(example.scene, size)
             captions.append(example.caption)

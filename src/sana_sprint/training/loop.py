@@ -112,7 +112,7 @@ def train(
     device = next(model.parameters()).device
     started, first_step, losses = time.monotonic(), step, {}
     with (
-        tqdm(total=settings.steps, initial=step, desc=title, unit="step", dynamic_ncols=True) as bar,
+        tqdm(total=settings.steps, initial=step, desc=title, unit="step", dynamic_ncols=True, disable=None) as bar,
         open(folder / "log.jsonl", "a", encoding="utf-8") as log,
     ):
         model.train()
