@@ -20,7 +20,9 @@ def exit_code(*arguments: str) -> int:
         return leave.code if isinstance(leave.code, int) else 0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["train", "--help"], ["--version"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"], []]
+)
 def test_help_and_version_import_neither_torch_nor_diffusers(arguments):
     code = f"""
 import sys

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sana_sprint import __version__
 from sana_sprint.cli import screen
 from sana_sprint.cli.files import picture_name, save_new
-from sana_sprint.cli.model import EMBEDDED, Model, choose_device, choose_dtype, find_model, load
+from sana_sprint.cli.model import EMBEDDED, Model, choose_device, choose_dtype, find_model, load, own_steps
 from sana_sprint.cli.records import Picture, Record, Settings, to_chunk
 from sana_sprint.cli.words import check_words
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from sana_sprint import SanaSprintPipeline
-
-# A SANA-Sprint model draws in two steps; the flow model that it is distilled from needs about twenty.
-SPRINT_STEPS, FLOW_STEPS = 2, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +105,7 @@ def _prepare(job: Job) -> tuple["SanaSprintPipeline", Request, Model]:
     pipe = load(model, device, dtype, show_progress=screen.is_terminal())
     request = replace(job.request, device=str(device), dtype=str(dtype).removeprefix("torch."))
     if request.steps is None and request.timesteps is None:
-        is_sprint = type(pipe.scheduler).__name__ == "SCMScheduler"
-        request = replace(request, steps=SPRINT_STEPS if is_sprint else FLOW_STEPS)
+        request = replace(request, steps=own_steps(pipe))
     return pipe, request, model
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sana_sprint.cli import screen
-from sana_sprint.cli.drawing import FLOW_STEPS, SPRINT_STEPS
 from sana_sprint.cli.generate import whole_number
-from sana_sprint.cli.model import DTYPES, EMBEDDED
+from sana_sprint.cli.model import DTYPES, EMBEDDED, FLOW_STEPS, SPRINT_STEPS
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from sana_sprint.cli import screen
-from sana_sprint.cli.drawing import FLOW_STEPS, SPRINT_STEPS, Drawn, Job, Request, draw
+from sana_sprint.cli.drawing import Drawn, Job, Request, draw
 from sana_sprint.cli.files import prepare_output
-from sana_sprint.cli.model import DTYPES, EMBEDDED
+from sana_sprint.cli.model import DTYPES, EMBEDDED, FLOW_STEPS, SPRINT_STEPS
 from sana_sprint.cli.records import Picture, Record, Settings, read_record
 
 _DEFAULT_GUIDANCE = 4.5  # that of the pipeline

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+# A SANA-Sprint model draws in two steps; the flow model that it is distilled from needs about twenty.
+SPRINT_STEPS, FLOW_STEPS = 2, 20
+
 _SAMPLE_BYTES = 2**20
 _COMPONENT_FILES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
 
@@ -127,3 +130,8 @@ def load(model: Model, device: "torch.device", dtype: "torch.dtype", show_progre
     pipe = SanaSprintPipeline.from_pretrained(model.folder, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=not show_progress, leave=False)
     return pipe.to(device)
+
+
+def own_steps(pipe: "SanaSprintPipeline") -> int:
+    """The number of steps that suits a pipeline, by its scheduler."""
+    return SPRINT_STEPS if type(pipe.scheduler).__name__ == "SCMScheduler" else FLOW_STEPS

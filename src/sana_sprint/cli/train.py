@@ -6,7 +6,7 @@ from pathlib import Path
 from sana_sprint.cli import screen
 
 # Those of training.shapes, which `--help` must not import.
-STAGES = ("autoencoder", "language", "flow", "guidance", "assemble")
+STAGES = ("autoencoder", "decoder", "language", "flow", "guidance", "assemble")
 
 # What a trial of the recipe takes instead: seconds, and a model that draws nothing.
 _TRIAL_STEPS, _TRIAL_PICTURES = 2, 64
