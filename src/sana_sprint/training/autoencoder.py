@@ -63,7 +63,9 @@ def reconstruction_losses(
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderDC, pictures: np.ndarray, batch_size: int = 256) -> torch.Tensor:
     """Unscaled latents (M, C, h, w) float32 of pictures (M, H, W, 3) uint8."""
-    starts = tqdm(range(0, len(pictures), batch_size), desc="encoding pictures", unit="batch", dynamic_ncols=True, disable=None)
+    starts = tqdm(
+        range(0, len(pictures), batch_size), desc="encoding pictures", unit="batch", dynamic_ncols=True, disable=None
+    )
     parts = [vae.encode(to_tensor(pictures[start : start + batch_size]), return_dict=False)[0] for start in starts]
     return torch.cat(parts).contiguous()
 

@@ -91,7 +91,9 @@ def encode_captions(
     masks = torch.zeros(len(captions) + 1, length, dtype=torch.long)
     embeds[:, 0], masks[:, 0] = read.last_hidden_state[:, 0].bfloat16(), 1
     by_length = sorted(range(len(captions)), key=lambda index: len(suffixes[index]))
-    for start in tqdm(range(0, len(captions), batch_size), desc="encoding captions", unit="batch", dynamic_ncols=True, disable=None):
+    for start in tqdm(
+        range(0, len(captions), batch_size), desc="encoding captions", unit="batch", dynamic_ncols=True, disable=None
+    ):
         chosen = by_length[start : start + batch_size]
         padded = tokenizer.pad({"input_ids": [suffixes[i] for i in chosen]}, padding_side="right", return_tensors="pt")
         cache = copy.deepcopy(read.past_key_values)
