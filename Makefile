@@ -51,7 +51,7 @@ bench: $(READY)
 	@$(BIN)/sana-sprint generate "a red circle left of a blue square" --num-images 5 --output out/bench --json
 
 docs: $(READY)
-	@$(OFFLINE) $(BIN)/python -m pytest --quiet tests/test_architecture.py tests/test_package.py
+	@$(OFFLINE) $(BIN)/python -m pytest --quiet tests/test_architecture.py tests/test_docs.py
 
 $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

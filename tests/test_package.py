@@ -1,4 +1,4 @@
-"""What importing and installing the package promises: lazy names, no side effects, data files, documents that hold."""
+"""What importing and installing the package promises: lazy names, no side effects, data files."""
 
 import re
 import subprocess
@@ -97,12 +97,3 @@ def test_constraints_are_exact_and_name_every_dependency():
 
 def test_pyproject_holds_the_build_system_and_tool_settings_only():
     assert tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")).keys() == {"build-system", "tool"}
-
-
-DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_a_documents_links_lead_to_files_that_exist(document):
-    links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", document.read_text(encoding="utf-8"))
-    assert not [link for link in links if not (document.parent / link).exists()]

@@ -32,6 +32,8 @@ class FlowSettings:
     guidance_optimiser: OptimiserSettings
     # Share of the captions replaced by the empty one, which guidance needs a velocity for.
     caption_dropout: float = 0.1
+    # Mean of the normal whose logistic the times are: above 0 for more noise, where captions matter most.
+    time_mean: float = 0.4
     guidance_range: tuple[float, float] = (1.0, 6.0)
     compile: bool = True
 
@@ -110,9 +112,9 @@ def encode_captions(
     return embeds, masks
 
 
-def draw_times(draws: Draws, size: int) -> torch.Tensor:
-    """Flow times (B,): the logistic function of a standard normal (Esser et al., 2024)."""
-    return torch.randn(size, generator=draws.torch).sigmoid()
+def draw_times(draws: Draws, size: int, mean: float) -> torch.Tensor:
+    """Flow times (B,): the logistic function of a normal of unit variance (Esser et al., 2024)."""
+    return (mean + torch.randn(size, generator=draws.torch)).sigmoid()
 
 
 def noisy_latents(clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -173,7 +175,7 @@ def train_flow(data: FlowData, settings: FlowSettings, folder: Path) -> SanaTran
     def losses(draws: Draws) -> dict[str, torch.Tensor]:
         batch = data.batch(draws, settings.optimiser.batch_size, settings.caption_dropout)
         noise = torch.randn(batch.clean.shape, generator=draws.torch)
-        time = draw_times(draws, len(noise))
+        time = draw_times(draws, len(noise), settings.time_mean)
         latents = noisy_latents(batch.clean, noise, time)
         velocity = predict_velocity(transformer, latents, time, batch.caption, batch.mask, torch.ones(len(noise)))
         return {"loss": F.mse_loss(velocity, noise - batch.clean)}
@@ -201,7 +203,7 @@ def train_guidance(
         batch = data.batch(draws, settings.guidance_optimiser.batch_size, settings.caption_dropout)
         size = len(batch.clean)
         noise = torch.randn(batch.clean.shape, generator=draws.torch)
-        time = draw_times(draws, size)
+        time = draw_times(draws, size, settings.time_mean)
         latents = noisy_latents(batch.clean, noise, time)
         guidance = low + (high - low) * torch.rand(size, generator=draws.torch)
         empty, empty_mask = data.empty_caption(size)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model, GemmaTokenizer
 
 from sana_sprint.text.cleaning import normalise
@@ -27,7 +28,9 @@ class LanguageSettings:
     config: dict[str, Any]
     optimiser: OptimiserSettings
     # Share of the batches that begin with the instruction, as every prompt does when pictures are drawn.
-    instruction_share: float = 0.3
+    instruction_share: float = 0.2
+    # How many tokens, from its own backwards, a state must be able to name.
+    recalled_tokens: int = 4
 
 
 def train_tokenizer(texts: list[str], vocabulary_size: int) -> GemmaTokenizer:
@@ -61,6 +64,41 @@ def caption_batch(
     return inputs.input_ids, inputs.attention_mask, labels
 
 
+class RecallingModel(nn.Module):
+    """A causal language model whose states must also name the tokens before them.
+
+    A state has to predict the next token only, and after "a red" that is the same as after "a blue". A large model
+    keeps the colour all the same; a tiny one trained on few words forgets it. So its last states are asked, through one
+    matrix for each distance, for the token they stand on and for those shortly before.
+    """
+
+    def __init__(self, language: Gemma2ForCausalLM, recalled_tokens: int) -> None:
+        super().__init__()
+        self.language = language
+        width = language.config.hidden_size
+        self.recall = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(recalled_tokens))
+
+    def losses(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Cross entropies of ids (B, L) whose labels (B, L) leave out padding."""
+        states = self.language.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        next_token = _cross_entropy(self.language.lm_head(states[:, :-1]), labels[:, 1:])
+        recall = torch.stack(
+            [
+                # A position is left out if it is padding, and the first `distance` have nothing that far before them.
+                _cross_entropy(
+                    self.language.lm_head(matrix(states[:, distance:])),
+                    ids[:, : ids.shape[1] - distance].where(mask[:, distance:] > 0, IGNORED),
+                )
+                for distance, matrix in enumerate(self.recall)
+            ]
+        ).mean()
+        return {"loss": next_token + recall, "next_token": next_token, "recall": recall}
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
 def train_language_model(
     captions: list[str], settings: LanguageSettings, folder: Path
 ) -> tuple[GemmaTokenizer, Gemma2Model]:
@@ -77,15 +115,13 @@ def train_language_model(
         bos_token_id=tokenizer.bos_token_id,
         **settings.config,
     )
-    model = Gemma2ForCausalLM(config)
+    model = RecallingModel(Gemma2ForCausalLM(config), settings.recalled_tokens)
 
     def losses(draws: Draws) -> dict[str, torch.Tensor]:
         chosen = draws.numpy.integers(len(captions), size=settings.optimiser.batch_size)
         prefix = instruction if draws.numpy.random() < settings.instruction_share else ""
         ids, mask, labels = caption_batch(tokenizer, [captions[index] for index in chosen], prefix)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-        return {"loss": loss}
+        return model.losses(ids, mask, labels)
 
     average = train(model, losses, settings.optimiser, folder, "language model")
-    return tokenizer, average.model
+    return tokenizer, average.language.model

@@ -72,7 +72,7 @@ def _language_settings() -> LanguageSettings:
         "final_logit_softcapping": None,
     }
     optimiser = OptimiserSettings(
-        steps=500, batch_size=64, learning_rate=2e-3, warmup_steps=100, ema_decay=0.99, seed=12
+        steps=600, batch_size=64, learning_rate=2e-3, warmup_steps=100, ema_decay=0.99, seed=12
     )
     return LanguageSettings(vocabulary_size=1024, config=config, optimiser=optimiser)
 
@@ -95,9 +95,9 @@ def _flow_settings() -> FlowSettings:
     }
     return FlowSettings(
         config=config,
-        optimiser=OptimiserSettings(steps=6000, batch_size=64, learning_rate=1e-3, warmup_steps=300, seed=13),
+        optimiser=OptimiserSettings(steps=5000, batch_size=64, learning_rate=1e-3, warmup_steps=300, seed=13),
         guidance_optimiser=OptimiserSettings(
-            steps=600, batch_size=64, learning_rate=3e-4, warmup_steps=50, ema_decay=0.995, seed=14
+            steps=400, batch_size=64, learning_rate=3e-4, warmup_steps=50, ema_decay=0.995, seed=14
         ),
     )
 
