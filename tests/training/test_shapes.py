@@ -173,10 +173,14 @@ def test_dropped_captions_are_the_empty_one():
     assert torch.equal(kept.clean, batch.clean)
 
 
-def test_a_recalling_model_learns_to_name_the_tokens_it_stands_on_and_before():
+def tiny_recalling_model() -> RecallingModel:
     torch.manual_seed(0)
     config = Gemma2Config(vocab_size=20, **{**RECIPE.language.config, "hidden_size": 32, "num_hidden_layers": 1})
-    model = RecallingModel(Gemma2ForCausalLM(config), recalled_tokens=2)
+    return RecallingModel(Gemma2ForCausalLM(config), recalled_tokens=2)
+
+
+def test_a_recalling_model_learns_to_name_the_tokens_it_stands_on_and_before():
+    model = tiny_recalling_model()
     ids = torch.randint(5, 20, (64, 6))
     mask = torch.ones_like(ids)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -192,9 +196,7 @@ def test_a_recalling_model_learns_to_name_the_tokens_it_stands_on_and_before():
 
 
 def test_padding_is_neither_foretold_nor_recalled():
-    torch.manual_seed(0)
-    config = Gemma2Config(vocab_size=20, **{**RECIPE.language.config, "hidden_size": 32, "num_hidden_layers": 1})
-    model = RecallingModel(Gemma2ForCausalLM(config), recalled_tokens=2)
+    model = tiny_recalling_model()
     ids = torch.randint(5, 20, (2, 6))
     mask = torch.ones_like(ids)
     plain = model.losses(ids, mask, ids)
