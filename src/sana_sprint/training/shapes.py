@@ -99,7 +99,7 @@ def _flow_settings() -> FlowSettings:
         config=config,
         optimiser=OptimiserSettings(steps=5000, batch_size=64, learning_rate=1e-3, warmup_steps=300, seed=13),
         guidance_optimiser=OptimiserSettings(
-            steps=1500, batch_size=64, learning_rate=5e-4, warmup_steps=50, ema_decay=0.998, seed=14
+            steps=2200, batch_size=64, learning_rate=6e-4, warmup_steps=50, ema_decay=0.998, seed=14
         ),
     )
 
