@@ -20,8 +20,8 @@ def regression(seed: int = 0):
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
 
     def losses(draws: Draws) -> dict[str, torch.Tensor]:
-        x = torch.randn(4, 3, generator=draws.torch)
-        target = x.sum(1, keepdim=True) + 0.1 * float(draws.numpy.standard_normal())
+        x = torch.randn(4, 3, generator=draws.generator)
+        target = x.sum(1, keepdim=True) + 0.1 * float(draws.rng.standard_normal())
         return {"loss": (model(x) - target).square().mean()}
 
     return model, losses
@@ -91,8 +91,8 @@ def test_the_rate_rises_to_its_peak_and_falls_to_a_thousandth():
 
 def test_every_step_has_its_own_draws_and_always_the_same():
     first, again, next_step = (Draws.of_step(5, step) for step in (3, 3, 4))
-    assert first.numpy.random() == again.numpy.random() != next_step.numpy.random()
-    numbers = [torch.rand(1, generator=draws.torch).item() for draws in (first, again, next_step)]
+    assert first.rng.random() == again.rng.random() != next_step.rng.random()
+    numbers = [torch.rand(1, generator=draws.generator).item() for draws in (first, again, next_step)]
     assert numbers[0] == numbers[1] != numbers[2]
 
 

@@ -166,7 +166,7 @@ def test_guidance_training_moves_the_student_and_leaves_the_teacher_alone(tmp_pa
     transformer, data = tiny_flow()
     initialise(transformer)
     before = {key: value.clone() for key, value in transformer.state_dict().items()}
-    student = train_guidance(transformer, data, RECIPE.flow, tmp_path)
+    student = train_guidance(transformer, data, RECIPE.flow, tmp_path, torch.device("cpu"))
     assert all(torch.equal(before[key], value) for key, value in transformer.state_dict().items())
     assert not torch.equal(student.proj_out.weight, before["proj_out.weight"])
 

@@ -52,7 +52,7 @@ def reconstruction_losses(
     square_weight: float,
 ) -> dict[str, torch.Tensor]:
     """Losses of decoding latents (B, C, h, w), made noisy, to the pictures (B, 3, H, W) in [-1, 1] they stand for."""
-    noise = torch.randn(latents.shape, generator=draws.torch).to(latents)
+    noise = draws.normal(latents.shape, latents.device).to(latents.dtype)
     decoded = vae.decode(latents + settings.latent_noise * noise, return_dict=False)[0].float()
     absolute, square = F.l1_loss(decoded, pixels), F.mse_loss(decoded, pixels)
     edges = gradient_difference(decoded, pixels)
@@ -66,8 +66,8 @@ def encode_pictures(vae: AutoencoderDC, pictures: np.ndarray, batch_size: int = 
     starts = tqdm(
         range(0, len(pictures), batch_size), desc="encoding pictures", unit="batch", dynamic_ncols=True, disable=None
     )
-    parts = [vae.encode(to_tensor(pictures[start : start + batch_size]), return_dict=False)[0] for start in starts]
-    return torch.cat(parts).contiguous()
+    batches = (to_tensor(pictures[start : start + batch_size]).to(vae.device) for start in starts)
+    return torch.cat([vae.encode(batch, return_dict=False)[0].cpu() for batch in batches]).contiguous()
 
 
 @torch.no_grad()
@@ -79,16 +79,18 @@ def peak_signal_to_noise(vae: AutoencoderDC, pictures: np.ndarray) -> float:
     return float((-10 * error.log10()).mean())
 
 
-def train_autoencoder(pool: PicturePool, settings: AutoencoderSettings, folder: Path) -> AutoencoderDC:
+def train_autoencoder(
+    pool: PicturePool, settings: AutoencoderSettings, folder: Path, device: torch.device
+) -> AutoencoderDC:
     """Train a DC-AE on a pool of pictures; its `scaling_factor` makes the latents of the pool unit variance."""
     torch.manual_seed(settings.optimiser.seed)
-    vae = AutoencoderDC(**settings.config).to(memory_format=torch.channels_last)
+    vae = AutoencoderDC(**settings.config).to(device, memory_format=torch.channels_last)
     if settings.compile:
         vae.encoder.compile()
         vae.decoder.compile()
 
     def losses(draws: Draws) -> dict[str, torch.Tensor]:
-        pixels = pool.batch(draws.numpy, settings.optimiser.batch_size)
+        pixels = pool.batch(draws.rng, settings.optimiser.batch_size).to(device)
         latents = vae.encode(pixels, return_dict=False)[0]
         parts = reconstruction_losses(vae, latents, pixels, draws, settings, settings.square_weight)
         whiteness = whitening_loss(latents)
@@ -100,16 +102,18 @@ def train_autoencoder(pool: PicturePool, settings: AutoencoderSettings, folder: 
     return average
 
 
-def refine_decoder(vae: AutoencoderDC, pool: PicturePool, settings: AutoencoderSettings, folder: Path) -> AutoencoderDC:
+def refine_decoder(
+    vae: AutoencoderDC, pool: PicturePool, settings: AutoencoderSettings, folder: Path, device: torch.device
+) -> AutoencoderDC:
     """Train the decoder further, on the latents as they are: a flow that learned them stays valid."""
     vae.encoder.requires_grad_(False)
-    vae.to(memory_format=torch.channels_last)
+    vae.to(device, memory_format=torch.channels_last)
     if settings.compile:
         vae.encoder.compile()
         vae.decoder.compile()
 
     def losses(draws: Draws) -> dict[str, torch.Tensor]:
-        pixels = pool.batch(draws.numpy, settings.decoder_optimiser.batch_size)
+        pixels = pool.batch(draws.rng, settings.decoder_optimiser.batch_size).to(device)
         with torch.no_grad():
             latents = vae.encode(pixels, return_dict=False)[0]
         return reconstruction_losses(vae, latents, pixels, draws, settings, settings.decoder_square_weight)

@@ -56,10 +56,13 @@ class FlowData:
     masks: torch.Tensor  # M + 1 L
 
     def batch(self, draws: Draws, size: int, caption_dropout: float) -> FlowBatch:
-        chosen = torch.from_numpy(draws.numpy.integers(len(self.latents), size=size))
-        is_dropped = torch.from_numpy(draws.numpy.random(size) < caption_dropout)
+        chosen = torch.from_numpy(draws.rng.integers(len(self.latents), size=size)).to(self.latents.device)
+        is_dropped = torch.from_numpy(draws.rng.random(size) < caption_dropout).to(self.latents.device)
         texts = torch.where(is_dropped, len(self.latents), chosen)
         return FlowBatch(self.latents[chosen], self.captions[texts].float(), self.masks[texts])
+
+    def to(self, device: torch.device) -> "FlowData":
+        return FlowData(self.latents.to(device), self.captions.to(device), self.masks.to(device))
 
     def empty_caption(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and mask of the empty caption, `size` times."""
@@ -112,9 +115,9 @@ def encode_captions(
     return embeds, masks
 
 
-def draw_times(draws: Draws, size: int, mean: float) -> torch.Tensor:
+def draw_times(draws: Draws, size: int, mean: float, device: torch.device) -> torch.Tensor:
     """Flow times (B,): the logistic function of a normal of unit variance (Esser et al., 2024)."""
-    return (mean + torch.randn(size, generator=draws.torch)).sigmoid()
+    return (mean + draws.normal((size,), device)).sigmoid()
 
 
 def noisy_latents(clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -163,21 +166,23 @@ def predict_velocity(
     )[0].float()
 
 
-def train_flow(data: FlowData, settings: FlowSettings, folder: Path) -> SanaTransformer2DModel:
+def train_flow(data: FlowData, settings: FlowSettings, folder: Path, device: torch.device) -> SanaTransformer2DModel:
     """Flow matching with caption dropout: predict noise minus data (Lipman et al., 2023; Liu et al., 2023)."""
     torch.manual_seed(settings.optimiser.seed)
     transformer = SanaTransformer2DModel(**settings.config)
     initialise(transformer)
+    transformer.to(device)
+    data = data.to(device)
     # The guidance embedding waits for its stage, and adds zero until then.
     time_guidance_embedding(transformer).guidance_embedder.requires_grad_(False)
     _prepare(transformer, settings.compile)
 
     def losses(draws: Draws) -> dict[str, torch.Tensor]:
         batch = data.batch(draws, settings.optimiser.batch_size, settings.caption_dropout)
-        noise = torch.randn(batch.clean.shape, generator=draws.torch)
-        time = draw_times(draws, len(noise), settings.time_mean)
+        noise = draws.normal(batch.clean.shape, device)
+        time = draw_times(draws, len(noise), settings.time_mean, device)
         latents = noisy_latents(batch.clean, noise, time)
-        velocity = predict_velocity(transformer, latents, time, batch.caption, batch.mask, torch.ones(len(noise)))
+        velocity = predict_velocity(transformer, latents, time, batch.caption, batch.mask, torch.ones_like(time))
         return {"loss": F.mse_loss(velocity, noise - batch.clean)}
 
     average = train(transformer, losses, settings.optimiser, folder, "flow")
@@ -203,14 +208,15 @@ def guided_target(
 
 
 def train_guidance(
-    teacher: SanaTransformer2DModel, data: FlowData, settings: FlowSettings, folder: Path
+    teacher: SanaTransformer2DModel, data: FlowData, settings: FlowSettings, folder: Path, device: torch.device
 ) -> SanaTransformer2DModel:
     """Teach the guidance embedding, so that one pass predicts what takes two otherwise; the scale is drawn per example.
 
     The teacher stays as it is. An empty caption learns the plain velocity at every scale.
     """
+    teacher = teacher.to(device).eval().requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    teacher = teacher.eval().requires_grad_(False)
+    data = data.to(device)
     low, high = settings.guidance_range
     _prepare(student, settings.compile)
     _prepare(teacher, settings.compile)
@@ -218,13 +224,13 @@ def train_guidance(
     def losses(draws: Draws) -> dict[str, torch.Tensor]:
         batch = data.batch(draws, settings.guidance_optimiser.batch_size, settings.caption_dropout)
         size = len(batch.clean)
-        noise = torch.randn(batch.clean.shape, generator=draws.torch)
-        time = draw_times(draws, size, settings.time_mean)
+        noise = draws.normal(batch.clean.shape, device)
+        time = draw_times(draws, size, settings.time_mean, device)
         latents = noisy_latents(batch.clean, noise, time)
-        guidance = low + (high - low) * torch.rand(size, generator=draws.torch)
+        guidance = low + (high - low) * draws.uniform((size,), device)
         empty, empty_mask = data.empty_caption(size)
         with torch.no_grad():
-            ones = torch.ones(size)
+            ones = torch.ones_like(time)
             with_caption = predict_velocity(teacher, latents, time, batch.caption, batch.mask, ones)
             without = predict_velocity(teacher, latents, time, empty, empty_mask, ones)
         target = guided_target(batch.clean, noise, with_caption, without, guidance)

@@ -100,7 +100,7 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def train_language_model(
-    captions: list[str], settings: LanguageSettings, folder: Path
+    captions: list[str], settings: LanguageSettings, folder: Path, device: torch.device
 ) -> tuple[GemmaTokenizer, Gemma2Model]:
     """Train a tokenizer and a causal language model on captions; return the tokenizer and the headless model."""
     torch.manual_seed(settings.optimiser.seed)
@@ -115,13 +115,13 @@ def train_language_model(
         bos_token_id=tokenizer.bos_token_id,
         **settings.config,
     )
-    model = RecallingModel(Gemma2ForCausalLM(config), settings.recalled_tokens)
+    model = RecallingModel(Gemma2ForCausalLM(config), settings.recalled_tokens).to(device)
 
     def losses(draws: Draws) -> dict[str, torch.Tensor]:
-        chosen = draws.numpy.integers(len(captions), size=settings.optimiser.batch_size)
-        prefix = instruction if draws.numpy.random() < settings.instruction_share else ""
-        ids, mask, labels = caption_batch(tokenizer, [captions[index] for index in chosen], prefix)
-        return model.losses(ids, mask, labels)
+        chosen = draws.rng.integers(len(captions), size=settings.optimiser.batch_size)
+        prefix = instruction if draws.rng.random() < settings.instruction_share else ""
+        batch = caption_batch(tokenizer, [captions[index] for index in chosen], prefix)
+        return model.losses(*(part.to(device) for part in batch))
 
     average = train(model, losses, settings.optimiser, folder, "language model")
     return tokenizer, average.language.model

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,8 +41,16 @@ class OptimiserSettings:
 class Draws:
     """The random numbers of one step."""
 
-    numpy: np.random.Generator
-    torch: torch.Generator
+    rng: np.random.Generator
+    generator: torch.Generator  # of the CPU, so that a seed means the same numbers on every device
+
+    def normal(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Standard normal numbers."""
+        return torch.randn(tuple(shape), generator=self.generator).to(device)
+
+    def uniform(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Numbers from 0 to 1."""
+        return torch.rand(tuple(shape), generator=self.generator).to(device)
 
     @classmethod
     def of_step(cls, seed: int, step: int) -> "Draws":

@@ -146,9 +146,10 @@ def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: i
 class ShapesTraining:
     """The stages of a recipe in a folder; each leaves its result there, where the next one and a second run find it."""
 
-    def __init__(self, folder: Path, recipe: ShapesRecipe) -> None:
+    def __init__(self, folder: Path, recipe: ShapesRecipe, device: str | torch.device = "cpu") -> None:
         self.folder = folder
         self.recipe = recipe
+        self.device = torch.device(device)
 
     def run(self, stages: Sequence[str] = STAGES) -> Path:
         """Run the stages named, in order; return the folder of the assembled checkpoint.
@@ -169,27 +170,28 @@ class ShapesTraining:
         return picture_pool(self.folder / "pool", recipe.num_pictures, recipe.picture_size, recipe.pool_seed)
 
     def autoencoder(self) -> None:
-        vae = train_autoencoder(self.pool(), self.recipe.autoencoder, self.folder / "autoencoder" / "run")
+        vae = train_autoencoder(self.pool(), self.recipe.autoencoder, self._run("autoencoder"), self.device)
         vae.save_pretrained(self.folder / "autoencoder" / "vae")
 
     def decoder(self) -> None:
         vae = AutoencoderDC.from_pretrained(self._result("autoencoder", "vae"))
-        run = self.folder / "decoder" / "run"
-        refine_decoder(vae, self.pool(), self.recipe.autoencoder, run).save_pretrained(self.folder / "decoder" / "vae")
+        vae = refine_decoder(vae, self.pool(), self.recipe.autoencoder, self._run("decoder"), self.device)
+        vae.save_pretrained(self.folder / "decoder" / "vae")
 
     def language(self) -> None:
         captions = self.pool().captions
-        tokenizer, model = train_language_model(captions, self.recipe.language, self.folder / "language" / "run")
+        tokenizer, model = train_language_model(captions, self.recipe.language, self._run("language"), self.device)
         tokenizer.save_pretrained(self.folder / "language" / "tokenizer")
         model.save_pretrained(self.folder / "language" / "text_encoder")
 
     def flow(self) -> None:
-        transformer = train_flow(self._flow_data(), self.recipe.flow, self.folder / "flow" / "run")
+        transformer = train_flow(self._flow_data(), self.recipe.flow, self._run("flow"), self.device)
         transformer.save_pretrained(self.folder / "flow" / "transformer")
 
     def guidance(self) -> None:
         teacher = SanaTransformer2DModel.from_pretrained(self._result("flow", "transformer"))
-        transformer = train_guidance(teacher, self._flow_data(), self.recipe.flow, self.folder / "guidance" / "run")
+        data = self._flow_data()
+        transformer = train_guidance(teacher, data, self.recipe.flow, self._run("guidance"), self.device)
         transformer.save_pretrained(self.folder / "guidance" / "transformer")
 
     def assemble(self) -> None:
@@ -213,7 +215,7 @@ class ShapesTraining:
 
     def _record(self) -> dict[str, Any]:
         """The settings, versions and losses that made the checkpoint."""
-        logs = {stage: self.folder / stage / "run" / "log.jsonl" for stage in STAGES[:-1]}
+        logs = {stage: self._run(stage) / "log.jsonl" for stage in STAGES[:-1]}
         pictures = self.pool().pictures[:512]
         return {
             "command": "sana-sprint train shapes",
@@ -225,7 +227,11 @@ class ShapesTraining:
                 "transformers": transformers.__version__,
                 "numpy": np.__version__,
             },
-            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+            "machine": {
+                "processor": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "device": str(self.device),
+            },
             "reconstruction_decibels": round(peak_signal_to_noise(self._vae("decoder", torch.float32), pictures), 2),
             "losses": {stage: _thinned(path) for stage, path in logs.items()},
         }
@@ -237,7 +243,10 @@ class ShapesTraining:
         """Latents and text features of the pool; computed once, then read from the folder."""
         cache = self.folder / "flow" / "data.pt"
         if not cache.exists():
-            pool, vae = self.pool(), self._vae("autoencoder", torch.float32).to(memory_format=torch.channels_last)
+            pool, vae = (
+                self.pool(),
+                self._vae("autoencoder", torch.float32).to(self.device, memory_format=torch.channels_last),
+            )
             latents = encode_pictures(vae, pool.pictures) * vae.config.scaling_factor
             tokenizer = GemmaTokenizer.from_pretrained(self._result("language", "tokenizer"))
             text_encoder = Gemma2Model.from_pretrained(self._result("language", "text_encoder"))
@@ -245,6 +254,10 @@ class ShapesTraining:
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_whole(cache, lambda partial: torch.save((latents, captions, masks), partial))
         return FlowData(*torch.load(cache, weights_only=True))
+
+    def _run(self, stage: str) -> Path:
+        """Where the state and the log of a stage are."""
+        return self.folder / stage / "run"
 
     def _result(self, stage: str, name: str) -> Path:
         path = self.folder / stage / name
