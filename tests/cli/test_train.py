@@ -31,3 +31,10 @@ def test_what_is_no_recipe_and_no_stage_is_refused(arguments, capsys):
         main(arguments)
     assert leaving.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_no_checkpoint_is_no_start(tmp_path, capsys):
+    assert main(["train", "shapes", "--trial", "--start-from", str(tmp_path), "--output", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert err == f"sana-sprint: error: {tmp_path} is no pipeline folder: it holds no model_index.json\n"
+    assert not (tmp_path / "run").exists()

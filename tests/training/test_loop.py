@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sana_sprint.training.loop import Draws, OptimiserSettings, learning_rate, train, write_whole
+from sana_sprint.training.loop import Draws, OptimiserSettings, rate_share, train, write_whole
 
 SETTINGS = OptimiserSettings(
     steps=12, batch_size=4, learning_rate=1e-2, warmup_steps=3, checkpoint_every=4, log_every=1
@@ -82,11 +82,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_a_thousandth():
-    assert learning_rate(SETTINGS, 0) == pytest.approx(SETTINGS.learning_rate / 3)
-    assert learning_rate(SETTINGS, 2) == learning_rate(SETTINGS, 3) == SETTINGS.learning_rate
-    rates = [learning_rate(SETTINGS, step) for step in range(3, 13)]
+    assert rate_share(SETTINGS, 0) == pytest.approx(1 / 3)
+    assert rate_share(SETTINGS, 2) == rate_share(SETTINGS, 3) == 1
+    rates = [rate_share(SETTINGS, step) for step in range(3, 13)]
     assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == pytest.approx(SETTINGS.learning_rate / 1000)
+    assert rates[-1] == pytest.approx(1 / 1000)
 
 
 def test_every_step_has_its_own_draws_and_always_the_same():

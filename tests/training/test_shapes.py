@@ -1,21 +1,25 @@
 """The stages of the shapes recipe, run end to end with few steps, and what their losses promise."""
 
 import json
+from dataclasses import replace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model, GemmaTokenizer
 
 from sana_sprint import SanaSprintPipeline
 from sana_sprint.shapes.captions import is_held_out
+from sana_sprint.shapes.questions import NUM_ANSWERS
 from sana_sprint.text.encoder import encode_prompts
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana_sprint.training.autoencoder import gradient_difference, whitening_loss
 from sana_sprint.training.data import to_pictures, to_tensor
 from sana_sprint.training.flow import (
     FlowData,
+    block_matrices,
     encode_captions,
     guided_target,
     initialise,
@@ -23,11 +27,12 @@ from sana_sprint.training.flow import (
     predict_velocity,
     train_guidance,
 )
-from sana_sprint.training.language import RecallingModel, train_tokenizer
+from sana_sprint.training.language import CaptionBatch, ReadingModel
 from sana_sprint.training.loop import Draws
 from sana_sprint.training.shapes import STAGES, ShapesRecipe, ShapesTraining, shortened
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECIPE = shortened(ShapesRecipe(), steps=2, num_pictures=64)
 
 
@@ -94,10 +99,12 @@ def test_captions_read_behind_the_kept_instruction_are_those_of_a_pipeline(train
             max_sequence_length=32,
             instruction=COMPLEX_HUMAN_INSTRUCTION,
         )
-    assert torch.equal(masks[:-1], wanted.mask)
-    is_text = wanted.mask.bool()
+    longest = masks.shape[1]
+    assert wanted.mask[:, longest:].sum() == 0
+    assert torch.equal(masks[:-1], wanted.mask[:, :longest])
+    is_text = wanted.mask[:, :longest].bool()
     # The features are stored in bfloat16, with 8 bits.
-    torch.testing.assert_close(embeds[:-1][is_text].float(), wanted.embeds[is_text], rtol=2**-8, atol=1e-4)
+    torch.testing.assert_close(embeds[:-1][is_text].float(), wanted.embeds[:, :longest][is_text], rtol=2**-8, atol=1e-4)
     with pytest.raises(ValueError, match="captions must fit 3 tokens, found one of"):
         encode_captions(tokenizer, text_encoder, captions, length=3)
 
@@ -180,44 +187,81 @@ def test_dropped_captions_are_the_empty_one():
     assert torch.equal(kept.clean, batch.clean)
 
 
-def tiny_recalling_model() -> RecallingModel:
+def tiny_reading_model() -> ReadingModel:
     torch.manual_seed(0)
     config = Gemma2Config(vocab_size=20, **{**RECIPE.language.config, "hidden_size": 32, "num_hidden_layers": 1})
-    return RecallingModel(Gemma2ForCausalLM(config), recalled_tokens=2)
+    return ReadingModel(Gemma2ForCausalLM._from_config(config, attn_implementation="eager"), recalled_tokens=2)
 
 
-def test_a_recalling_model_learns_to_name_the_tokens_it_stands_on_and_before():
-    model = tiny_recalling_model()
-    ids = torch.randint(5, 20, (64, 6))
-    mask = torch.ones_like(ids)
+def tiny_caption_batch() -> CaptionBatch:
+    """Random captions behind an instruction, which ask for one of three things at random."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 20, (64, 6), generator=generator)
+    wanted = torch.randint(0, 3, (64, len(NUM_ANSWERS)), generator=generator)
+    return CaptionBatch(torch.tensor([[2, 3, 4]]), ids, torch.ones_like(ids), wanted)
+
+
+def test_a_reading_model_learns_to_name_what_it_has_read_and_to_answer():
+    model, batch = tiny_reading_model(), tiny_caption_batch()
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-    first = model.losses(ids, mask, ids)
+    first = model.losses(batch)
     for _ in range(150):
-        losses = model.losses(ids, mask, ids)
+        losses = model.losses(batch)
         optimiser.zero_grad()
         losses["loss"].backward()
         optimiser.step()
     assert first["recall"] > 2.5 > 0.1 > losses["recall"]
+    assert first["answers"] > 1 > 0.5 > losses["answers"]
     # Random tokens cannot be foretold by more than learning these 64 rows by heart.
     assert losses["next_token"] > losses["recall"]
 
 
-def test_padding_is_neither_foretold_nor_recalled():
-    model = tiny_recalling_model()
-    ids = torch.randint(5, 20, (2, 6))
-    mask = torch.ones_like(ids)
-    plain = model.losses(ids, mask, ids)
-    padded = torch.cat([ids, torch.zeros(2, 3, dtype=torch.long)], dim=1)
-    padded_mask = torch.cat([mask, torch.zeros(2, 3, dtype=torch.long)], dim=1)
-    with_padding = model.losses(padded, padded_mask, padded.masked_fill(padded_mask == 0, -100))
-    for name, loss in plain.items():
-        torch.testing.assert_close(with_padding[name], loss)
+def test_padding_is_neither_foretold_nor_recalled_nor_the_last_token():
+    model, batch = tiny_reading_model(), tiny_caption_batch()
+    plain = model.losses(batch)
+    padding = torch.zeros(64, 3, dtype=torch.long)
+    padded = replace(batch, ids=torch.cat([batch.ids, padding], dim=1), mask=torch.cat([batch.mask, padding], dim=1))
+    for name, loss in model.losses(padded).items():
+        torch.testing.assert_close(loss, plain[name])
 
 
-def test_the_tokenizer_gives_known_words_a_token_each_and_any_text_back():
-    tokenizer = train_tokenizer(["a red circle", "a blue square, please"] * 50, vocabulary_size=400)
-    assert tokenizer.tokenize("a red circle") == ["a", "▁red", "▁circle"]
-    assert tokenizer.tokenize("square, please")[-2:] == [",", "▁please"]
-    assert tokenizer("a red circle").input_ids[0] == tokenizer.bos_token_id
-    for text in ("a red circle", "Zürich 北京 🐈"):
-        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+def test_the_end_token_does_not_help_to_answer():
+    model, batch = tiny_reading_model(), tiny_caption_batch()
+    other_end = replace(batch, ids=torch.cat([batch.ids[:, :-1], batch.ids[:, -1:] % 15 + 5], dim=1))
+    assert not torch.equal(other_end.ids, batch.ids)
+    assert torch.equal(model.losses(other_end)["answers"], model.losses(batch)["answers"])
+
+
+def test_training_goes_on_from_a_checkpoint(trained, tmp_path):
+    start = trained / "checkpoint"
+    recipe = replace(RECIPE, flow=replace(RECIPE.flow, optimiser=replace(RECIPE.flow.optimiser, learning_rate=0.0)))
+    checkpoint = ShapesTraining(tmp_path, recipe, start=start).run()
+    record = json.loads((checkpoint / "training.json").read_text())
+    assert record["started_from"] == json.loads((start / "training.json").read_text())
+    assert list(record["losses"]) == ["language", "flow", "guidance"]
+    before, after = (load_file(folder / "vae" / WEIGHTS) for folder in (start, checkpoint))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    # AdamW's rate was zero here, so what it trains is that of the start, which had moved from where it was initialised.
+    flow = load_file(tmp_path / "flow" / "transformer" / WEIGHTS)
+    given = load_file(start / "transformer" / WEIGHTS)
+    assert torch.equal(flow["proj_out.weight"].bfloat16(), given["proj_out.weight"])
+    assert given["proj_out.weight"].any()
+
+
+def test_what_is_no_checkpoint_of_the_recipe_is_no_start(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint that this recipe has assembled"):
+        ShapesTraining(tmp_path, RECIPE, start=tmp_path)
+
+
+def test_matrices_of_the_blocks_are_those_with_two_dimensions_that_multiply():
+    transformer, _ = tiny_flow()
+    taken = {id(matrix) for matrix in block_matrices(transformer)}
+    names = {name for name, parameter in transformer.named_parameters() if id(parameter) in taken}
+    assert "transformer_blocks.0.ff.conv_inverted.weight" in names
+    assert "transformer_blocks.0.attn2.to_k.weight" in names
+    left = {name for name, _ in transformer.named_parameters()} - names
+    assert {name for name in left if name.startswith("transformer_blocks.0.")} >= {
+        "transformer_blocks.0.scale_shift_table",
+        "transformer_blocks.0.ff.conv_depth.weight",
+    }
+    assert all(name.startswith("transformer_blocks.") for name in names)

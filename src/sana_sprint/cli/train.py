@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where results and logs go; a run that stopped goes on from what is there (%(default)s)",
     )
+    parser.add_argument(
+        "--start-from",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint of this recipe, such as embedded: its autoencoder is kept, its transformer is"
+        " trained further (none: train everything)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, .. (%(default)s)")
     parser.add_argument(
         "--trial", action="store_true", help=f"{_TRIAL_STEPS} steps a stage: shows that everything runs, nothing more"
@@ -39,14 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Trains the stages asked for and prints where the result lies."""
     with screen.quiet_libraries():
-        from sana_sprint.cli.model import choose_device
+        from sana_sprint.cli.model import choose_device, find_model
         from sana_sprint.training.shapes import ShapesRecipe, ShapesTraining, shortened
 
         recipe = ShapesRecipe()
         if options.trial:
             recipe = shortened(recipe, steps=_TRIAL_STEPS, num_pictures=_TRIAL_PICTURES)
         stages = options.stages or STAGES
-        checkpoint = ShapesTraining(options.output, recipe, choose_device(options.device)).run(stages)
+        start = find_model(options.start_from).folder if options.start_from else None
+        checkpoint = ShapesTraining(options.output, recipe, choose_device(options.device), start).run(stages)
     if "assemble" in stages:
         print(f"wrote {checkpoint}; draw with: sana-sprint generate PROMPT --model {checkpoint}")
     else:

@@ -6,7 +6,7 @@ B batch, C channels, h w latent grid, L text tokens, M examples. Flow time runs 
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,10 @@ from transformers import Gemma2Model, GemmaTokenizer
 
 from sana_sprint.layers.attention import SanaAttention
 from sana_sprint.layers.embeddings import TimeGuidanceEmbedding
-from sana_sprint.text.cleaning import normalise
+from sana_sprint.layers.feed_forward import PointwiseConv2d
 from sana_sprint.text.encoder import encode_prompts
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_prefix
+from sana_sprint.training.language import read_behind, tokenize_behind
 from sana_sprint.training.loop import Draws, OptimiserSettings, train
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
@@ -33,7 +34,7 @@ class FlowSettings:
     # Share of the captions replaced by the empty one, which guidance needs a velocity for.
     caption_dropout: float = 0.1
     # Mean of the normal whose logistic the times are: above 0 for more noise, where captions matter most.
-    time_mean: float = 0.4
+    time_mean: float = 0.9
     guidance_range: tuple[float, float] = (1.0, 6.0)
     compile: bool = True
 
@@ -73,43 +74,35 @@ class FlowData:
 def encode_captions(
     tokenizer: GemmaTokenizer, text_encoder: Gemma2Model, captions: list[str], length: int, batch_size: int = 512
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (M + 1, length, width) in bfloat16 and masks of captions as a pipeline encodes them, then of "".
+    """Features (M + 1, L, width) in bfloat16 and masks of captions as a pipeline encodes them, then of "".
 
-    The empty caption stands without the instruction, as in SANA's unconditional text. The instruction is ten times as
-    long as a caption and always the same: it is read once, and its keys and values are kept for all captions.
+    The empty caption stands without the instruction, as in SANA's unconditional text.
 
     Raises:
         ValueError: for a caption of more than `length` tokens.
     """
     text_encoder.eval()
-    instruction = instruction_prefix(COMPLEX_HUMAN_INSTRUCTION)
-    # The instruction ends in a space, which becomes part of the caption's first token.
-    shared = tokenizer(instruction, return_tensors="pt").input_ids[:, :-1]
-    read = text_encoder(shared, use_cache=True)
-    texts = [instruction + normalise(caption, clean=False) for caption in captions]
-    suffixes = [ids[shared.shape[1] :] for ids in tokenizer(texts).input_ids]
+    shared, suffixes = tokenize_behind(tokenizer, instruction_prefix(COMPLEX_HUMAN_INSTRUCTION), captions)
     longest = max(map(len, suffixes)) + 1
     if longest > length:
         raise ValueError(f"captions must fit {length} tokens, found one of {longest}")
 
-    embeds = torch.zeros(len(captions) + 1, length, text_encoder.config.hidden_size, dtype=torch.bfloat16)
-    masks = torch.zeros(len(captions) + 1, length, dtype=torch.long)
-    embeds[:, 0], masks[:, 0] = read.last_hidden_state[:, 0].bfloat16(), 1
+    embeds = torch.zeros(len(captions) + 1, longest, text_encoder.config.hidden_size, dtype=torch.bfloat16)
+    masks = torch.zeros(len(captions) + 1, longest, dtype=torch.long)
+    masks[:, 0] = 1
     by_length = sorted(range(len(captions)), key=lambda index: len(suffixes[index]))
     for start in tqdm(
         range(0, len(captions), batch_size), desc="encoding captions", unit="batch", dynamic_ncols=True, disable=None
     ):
         chosen = by_length[start : start + batch_size]
         padded = tokenizer.pad({"input_ids": [suffixes[i] for i in chosen]}, padding_side="right", return_tensors="pt")
-        cache = copy.deepcopy(read.past_key_values)
-        cache.batch_repeat_interleave(len(chosen))
-        mask = torch.cat([torch.ones(len(chosen), shared.shape[1], dtype=torch.long), padded.attention_mask], dim=1)
-        hidden = text_encoder(padded.input_ids, attention_mask=mask, past_key_values=cache).last_hidden_state
+        prefix, states = read_behind(text_encoder, shared, padded.input_ids, padded.attention_mask)
         size = padded.input_ids.shape[1]
-        embeds[chosen, 1 : size + 1] = (hidden * padded.attention_mask[:, :, None]).bfloat16()
+        embeds[chosen, 0] = prefix[0, 0].bfloat16()
+        embeds[chosen, 1 : size + 1] = (states * padded.attention_mask[:, :, None]).bfloat16()
         masks[chosen, 1 : size + 1] = padded.attention_mask
     empty = encode_prompts(
-        tokenizer, text_encoder, [""], device="cpu", dtype=torch.bfloat16, max_sequence_length=length
+        tokenizer, text_encoder, [""], device="cpu", dtype=torch.bfloat16, max_sequence_length=longest
     )
     embeds[-1], masks[-1] = empty.embeds[0] * empty.mask[0, :, None].bfloat16(), empty.mask[0]
     return embeds, masks
@@ -166,11 +159,24 @@ def predict_velocity(
     )[0].float()
 
 
-def train_flow(data: FlowData, settings: FlowSettings, folder: Path, device: torch.device) -> SanaTransformer2DModel:
-    """Flow matching with caption dropout: predict noise minus data (Lipman et al., 2023; Liu et al., 2023)."""
+def block_matrices(transformer: SanaTransformer2DModel) -> list[nn.Parameter]:
+    """Weights of all linear layers and 1x1 convolutions in the blocks."""
+    layers = (layer for block in transformer.transformer_blocks for layer in block.modules())
+    return [cast(nn.Parameter, layer.weight) for layer in layers if isinstance(layer, (nn.Linear, PointwiseConv2d))]
+
+
+def new_transformer(settings: FlowSettings) -> SanaTransformer2DModel:
+    """A transformer as training from nothing starts with."""
     torch.manual_seed(settings.optimiser.seed)
     transformer = SanaTransformer2DModel(**settings.config)
     initialise(transformer)
+    return transformer
+
+
+def train_flow(
+    transformer: SanaTransformer2DModel, data: FlowData, settings: FlowSettings, folder: Path, device: torch.device
+) -> SanaTransformer2DModel:
+    """Flow matching with caption dropout: predict noise minus data (Lipman et al., 2023; Liu et al., 2023)."""
     transformer.to(device)
     data = data.to(device)
     # The guidance embedding waits for its stage, and adds zero until then.
@@ -185,7 +191,8 @@ def train_flow(data: FlowData, settings: FlowSettings, folder: Path, device: tor
         velocity = predict_velocity(transformer, latents, time, batch.caption, batch.mask, torch.ones_like(time))
         return {"loss": F.mse_loss(velocity, noise - batch.clean)}
 
-    average = train(transformer, losses, settings.optimiser, folder, "flow")
+    matrices = block_matrices(transformer)
+    average = train(transformer, losses, settings.optimiser, folder, "flow", matrices=matrices)
     time_guidance_embedding(average).guidance_embedder.requires_grad_(True)
     return average
 
@@ -237,7 +244,7 @@ def train_guidance(
         velocity = predict_velocity(student, latents, time, batch.caption, batch.mask, guidance)
         return {"loss": F.mse_loss(velocity, target)}
 
-    return train(student, losses, settings.guidance_optimiser, folder, "guidance")
+    return train(student, losses, settings.guidance_optimiser, folder, "guidance", matrices=block_matrices(student))
 
 
 def _prepare(transformer: SanaTransformer2DModel, compile: bool) -> None:

@@ -1,6 +1,7 @@
 """Captions to a text encoder: a byte-fallback BPE tokenizer and a small Gemma-2 language model, frozen afterwards."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model, GemmaTokenizer
 
+from sana_sprint.shapes.captions import parse
+from sana_sprint.shapes.questions import NUM_ANSWERS, answers
 from sana_sprint.text.cleaning import normalise
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_prefix
 from sana_sprint.training.loop import Draws, OptimiserSettings, train
@@ -27,8 +31,6 @@ class LanguageSettings:
     vocabulary_size: int
     config: dict[str, Any]
     optimiser: OptimiserSettings
-    # Share of the batches that begin with the instruction, as every prompt does when pictures are drawn.
-    instruction_share: float = 0.2
     # How many tokens, from its own backwards, a state must be able to name.
     recalled_tokens: int = 4
 
@@ -54,22 +56,50 @@ def train_tokenizer(texts: list[str], vocabulary_size: int) -> GemmaTokenizer:
     return GemmaTokenizer(vocab=learned["vocab"], merges=merges, add_bos_token=True, padding_side="right")  # type: ignore[arg-type]
 
 
-def caption_batch(
-    tokenizer: GemmaTokenizer, captions: list[str], instruction: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, mask and labels (B, L) of captions behind an instruction, each ended by the end token."""
-    texts = [instruction + normalise(caption, clean=False) + "<eos>" for caption in captions]
-    inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, IGNORED)
-    return inputs.input_ids, inputs.attention_mask, labels
+def tokenize_behind(
+    tokenizer: GemmaTokenizer, instruction: str, captions: Sequence[str]
+) -> tuple[torch.Tensor, list[list[int]]]:
+    """Ids of an instruction (1, P), and those of captions as they are behind it.
+
+    The instruction ends in a space, which becomes part of the caption's first token.
+    """
+    shared = tokenizer(instruction, return_tensors="pt").input_ids[:, :-1]
+    texts = [instruction + normalise(caption, clean=False) for caption in captions]
+    return shared, [ids[shared.shape[1] :] for ids in tokenizer(texts).input_ids]
 
 
-class RecallingModel(nn.Module):
-    """A causal language model whose states must also name the tokens before them.
+def read_behind(
+    model: Gemma2Model, instruction: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last states of an instruction (1, P) and of captions (B, L) behind it.
+
+    The instruction is ten times as long as a caption and always the same: it is read once, and its keys and values
+    serve all captions.
+    """
+    read = model(instruction, use_cache=True)
+    cache = read.past_key_values
+    cache.batch_repeat_interleave(len(ids))
+    whole_mask = torch.cat([mask.new_ones(len(ids), instruction.shape[1]), mask], dim=1)
+    return read.last_hidden_state, model(ids, attention_mask=whole_mask, past_key_values=cache).last_hidden_state
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """Captions behind an instruction, each ended by the end token, and what they ask for."""
+
+    instruction: torch.Tensor  # 1 P
+    ids: torch.Tensor  # B L
+    mask: torch.Tensor  # B L
+    answers: torch.Tensor  # B Q, one per question of shapes/questions.py
+
+
+class ReadingModel(nn.Module):
+    """A causal language model whose states must also say what they have read.
 
     A state has to predict the next token only, and after "a red" that is the same as after "a blue". A large model
-    keeps the colour all the same; a tiny one trained on few words forgets it. So its last states are asked, through one
-    matrix for each distance, for the token they stand on and for those shortly before.
+    keeps the colour all the same, and knows what a sentence means; a tiny one trained on few words does neither. So its
+    states are asked, through one matrix for each distance, for the token they stand on and for those shortly before;
+    and the state of a caption's last token for the picture that the caption describes.
     """
 
     def __init__(self, language: Gemma2ForCausalLM, recalled_tokens: int) -> None:
@@ -77,26 +107,42 @@ class RecallingModel(nn.Module):
         self.language = language
         width = language.config.hidden_size
         self.recall = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(recalled_tokens))
+        self.answer = nn.Linear(width, sum(NUM_ANSWERS))
 
-    def losses(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Cross entropies of ids (B, L) whose labels (B, L) leave out padding."""
-        states = self.language.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
-        next_token = _cross_entropy(self.language.lm_head(states[:, :-1]), labels[:, 1:])
+    def losses(self, batch: CaptionBatch) -> dict[str, torch.Tensor]:
+        """Cross entropies: of the next token, of those before, and of the answers."""
+        prefix, states = read_behind(self.language.model, batch.instruction, batch.ids, batch.mask)
+        labels = batch.ids.masked_fill(batch.mask == 0, IGNORED)
+        size = len(labels)
+        # The state before a caption's first token is the instruction's last, the same for all captions.
+        before = torch.cat([prefix[:, -1:].expand(size, -1, -1), states[:, :-1]], dim=1)
+        next_token = _cross_entropy(
+            self.language.lm_head(torch.cat([prefix[0, :-1], before.flatten(0, 1)])),
+            torch.cat([batch.instruction[0, 1:], labels.flatten()]),
+        )
         recall = torch.stack(
             [
-                # A position is left out if it is padding, and the first `distance` have nothing that far before them.
+                # The first `distance` tokens have nothing of the caption that far before them.
                 _cross_entropy(
                     self.language.lm_head(matrix(states[:, distance:])),
-                    ids[:, : ids.shape[1] - distance].where(mask[:, distance:] > 0, IGNORED),
+                    labels[:, : labels.shape[1] - distance].where(batch.mask[:, distance:] > 0, IGNORED),
                 )
                 for distance, matrix in enumerate(self.recall)
             ]
         ).mean()
-        return {"loss": next_token + recall, "next_token": next_token, "recall": recall}
+        last = batch.mask.sum(dim=1) - 2  # before the end token, which prompts do not have
+        parts = self.answer(states[torch.arange(size), last]).split(NUM_ANSWERS, dim=-1)
+        answers = torch.stack([_cross_entropy(part, answer) for part, answer in zip(parts, batch.answers.T)]).mean()
+        return {
+            "loss": next_token + recall + answers,
+            "next_token": next_token,
+            "recall": recall,
+            "answers": answers,
+        }
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
 def train_language_model(
@@ -115,13 +161,19 @@ def train_language_model(
         bos_token_id=tokenizer.bos_token_id,
         **settings.config,
     )
-    model = RecallingModel(Gemma2ForCausalLM(config), settings.recalled_tokens).to(device)
+    # On a CPU the backward pass of the fused attention kernels takes ten times as long, for so few tokens.
+    language = Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
+    model = ReadingModel(language, settings.recalled_tokens).to(device)
+    shared, ids = tokenize_behind(tokenizer, instruction, captions)
+    shared = shared.to(device)
+    ended = [torch.tensor([*caption, tokenizer.eos_token_id]) for caption in ids]
+    wanted = torch.tensor([answers(parse(caption)) for caption in captions], device=device)
 
     def losses(draws: Draws) -> dict[str, torch.Tensor]:
         chosen = draws.rng.integers(len(captions), size=settings.optimiser.batch_size)
-        prefix = instruction if draws.rng.random() < settings.instruction_share else ""
-        batch = caption_batch(tokenizer, [captions[index] for index in chosen], prefix)
-        return model.losses(*(part.to(device) for part in batch))
+        padded = pad_sequence([ended[i] for i in chosen], True, IGNORED).to(device)
+        mask = (padded != IGNORED).long()
+        return model.losses(CaptionBatch(shared, padded * mask, mask, wanted[chosen]))
 
     average = train(model, losses, settings.optimiser, folder, "language model")
     return tokenizer, average.language.model

@@ -22,11 +22,12 @@ from tqdm.auto import tqdm
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserSettings:
-    """How long and how fast to train; the rate rises linearly, then falls along a cosine to a tenth of a percent."""
+    """How long and how fast to train; rates rise linearly, then fall along a cosine to a tenth of a percent."""
 
     steps: int
     batch_size: int
-    learning_rate: float
+    learning_rate: float  # of AdamW
+    matrix_learning_rate: float = 2e-3  # of Muon, for the parameters that are handed over as matrices
     warmup_steps: int = 200
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
@@ -64,12 +65,71 @@ M = TypeVar("M", bound=nn.Module)
 LossFunction = Callable[[Draws], dict[str, torch.Tensor]]
 
 
-def learning_rate(settings: OptimiserSettings, step: int) -> float:
-    """Rate at a step counted from 0: linear warm-up, then a cosine down to 0.001 of the peak."""
+def rate_share(settings: OptimiserSettings, step: int) -> float:
+    """Share of the peak rates at a step counted from 0: linear warm-up, then a cosine down to 0.001."""
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+        return (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
-    return settings.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+    return 0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+
+
+class Optimiser:
+    """AdamW, and Muon for matrices, whose updates it makes orthogonal; a matrix may be a 1x1 convolution's weight.
+
+    (Jordan et al., "Muon", 2024; its rate is scaled to AdamW's, as in Liu et al., "Muon is Scalable", 2025.)
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], settings: OptimiserSettings
+    ) -> None:
+        self.settings = settings
+        self.parameters = parameters
+        self.matrices = matrices
+        taken = {id(matrix) for matrix in matrices}
+        self.adamw = torch.optim.AdamW(
+            [parameter for parameter in parameters if id(parameter) not in taken],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        # Views, because torch's Muon takes nothing but two dimensions; they share the parameters' memory.
+        self.views = [nn.Parameter(matrix.detach().flatten(1)) for matrix in matrices]
+        self.muon = (
+            torch.optim.Muon(
+                self.views,
+                lr=settings.matrix_learning_rate,
+                weight_decay=settings.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            if matrices
+            else None
+        )
+
+    def step(self, step: int) -> torch.Tensor:
+        """Clip the gradients, update all parameters, drop the gradients; returns the norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+        share = rate_share(self.settings, step)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.settings.learning_rate * share
+        self.adamw.step()
+        if self.muon is not None:
+            for group in self.muon.param_groups:
+                group["lr"] = self.settings.matrix_learning_rate * share
+            for view, matrix in zip(self.views, self.matrices, strict=True):
+                view.grad = None if matrix.grad is None else matrix.grad.flatten(1)
+            self.muon.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict() if self.muon is not None else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        if self.muon is not None:
+            self.muon.load_state_dict(state["muon"])
 
 
 @torch.no_grad()
@@ -94,6 +154,7 @@ def train(
     folder: Path,
     title: str,
     use_bfloat16: bool = True,
+    matrices: Sequence[nn.Parameter] = (),
 ) -> M:
     """Train the parameters of `model` that require gradients; return their moving average.
 
@@ -104,6 +165,7 @@ def train(
         folder: where `state.pt` (written every `checkpoint_every` steps, gone on from if it is there) and `log.jsonl`
             (one line of losses every `log_every` steps) are kept.
         title: shown before the progress bar.
+        matrices: those of the parameters that Muon trains; AdamW trains the others.
 
     Raises:
         ValueError: if `folder` holds the state of a run with other settings.
@@ -111,9 +173,7 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+    optimiser = Optimiser(parameters, matrices, settings)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     state_path = folder / "state.pt"
     step = _resume(state_path, settings, model, average, optimiser)
@@ -125,16 +185,12 @@ def train(
     ):
         model.train()
         while step < settings.steps:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(settings, step)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
                 losses = loss_function(Draws.of_step(settings.seed, step))
             if not torch.isfinite(losses["loss"]):
                 raise FloatingPointError(f"{title}: the loss is {losses['loss'].item()} at step {step}")
             losses["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            norm = optimiser.step(step)
             # Early steps weigh less than the decay says, or the average would remember the initialisation.
             update_average(average, model, min(settings.ema_decay, (step + 1) / (step + 10)))
             step += 1
@@ -156,7 +212,7 @@ def _save_state(
     settings: OptimiserSettings,
     model: nn.Module,
     average: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimiser,
     step: int,
 ) -> None:
     state = {
@@ -169,9 +225,7 @@ def _save_state(
     write_whole(path, lambda partial: torch.save(state, partial))
 
 
-def _resume(
-    path: Path, settings: OptimiserSettings, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
-) -> int:
+def _resume(path: Path, settings: OptimiserSettings, model: nn.Module, average: nn.Module, optimiser: Optimiser) -> int:
     """Load the state in `path`, if there is one; return the number of steps done."""
     if not path.exists():
         return 0
