@@ -7,17 +7,18 @@ BIN := .venv/bin
 READY := .venv/.installed
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: help demo test check format lint types bench docs
+.PHONY: help demo test test-slow check format lint types bench docs
 
 help:
-	@echo "make demo     draw a sheet of pictures with the embedded checkpoint"
-	@echo "make test     run the tests"
-	@echo "make check    format check, lint, types and tests: what CI runs"
-	@echo "make format   rewrite the code in the project's format"
-	@echo "make lint     check format and lint"
-	@echo "make types    check the types of src"
-	@echo "make bench    time single pictures, as JSON"
-	@echo "make docs     check the documents' links and the README's tree"
+	@echo "make demo       draw a sheet of pictures with the embedded checkpoint"
+	@echo "make test       run the tests"
+	@echo "make test-slow  run those on full-size checkpoints, which write 10 GB"
+	@echo "make check      format check, lint, types and tests: what CI runs"
+	@echo "make format     rewrite the code in the project's format"
+	@echo "make lint       check format and lint"
+	@echo "make types      check the types of src"
+	@echo "make bench      time single pictures, as JSON"
+	@echo "make docs       check the documents' links and the README's tree"
 
 demo: $(READY)
 	@$(BIN)/sana-sprint generate --grid --output out/demo.png \
@@ -32,7 +33,10 @@ demo: $(READY)
 		"a purple cross on a white ground"
 
 test: $(READY)
-	@$(OFFLINE) $(BIN)/python -m pytest --quiet --numprocesses $(JOBS) --dist loadfile
+	@$(OFFLINE) $(BIN)/python -m pytest --quiet -m "not slow" --numprocesses $(JOBS) --dist loadfile
+
+test-slow: $(READY)
+	@$(OFFLINE) $(BIN)/python -m pytest --quiet -m slow
 
 check: lint types test
 

@@ -129,6 +129,24 @@ class PublishedPipeline:
         return super().to(*args, **kwargs)  # type: ignore[misc]
 
 
+class SingleFileModel:
+    """Mixin, ahead of diffusers' FromOriginalModelMixin, whose own loader knows no class but diffusers'."""
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
+        """A model from one file of weights: in the original layout, Sprint's included, or in diffusers'.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: The file, a link to one on the hub, or a state dict.
+            **kwargs: As for diffusers' `from_single_file`: `config`, `dtype` (or `torch_dtype`), `device`,
+                `revision` and so on, and entries of the config, such as `sample_size`. Those that
+                `sana_sprint.checkpoints.single_file.load_single_file` does not list are refused.
+        """
+        # Looked up late: this module is the lowest of all, and checkpoints stand above the models.
+        load = import_module("sana_sprint.checkpoints.single_file").load_single_file
+        return load(cls, pretrained_model_link_or_path_or_dict, **kwargs)
+
+
 def _ours_for_theirs() -> dict[Any, Any]:
     """diffusers' classes, each with ours of the same name. Imports them all."""
     return {

@@ -15,6 +15,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from sana_sprint.autoencoder.coder import Decoder, Encoder, Stage, per_stage
 from sana_sprint.autoencoder.tiling import apply_tiled
 from sana_sprint.layers.casting import QuietCastMixin
+from sana_sprint.plugin import SingleFileModel
 
 # Of a tile's length; the rest overlaps the next tile. Upstream's 448 of 512.
 STRIDE_SHARE = Fraction(7, 8)
@@ -44,7 +45,7 @@ def _stages(
     ]
 
 
-class AutoencoderDC(QuietCastMixin, AutoencoderMixin, ConfigMixin, FromOriginalModelMixin):
+class AutoencoderDC(QuietCastMixin, AutoencoderMixin, ConfigMixin, SingleFileModel, FromOriginalModelMixin):
     """The deep-compression autoencoder DC-AE (arXiv 2410.10733), as used by SANA (arXiv 2410.10629).
 
     Config, state-dict keys and shapes are those of diffusers' class of the same name, so folders are exchangeable.

@@ -1,0 +1,156 @@
+"""`sana-sprint convert`: a checkpoint and a layout in; the checkpoint in that layout, and what was done, out."""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sana_sprint.cli import screen
+
+if TYPE_CHECKING:
+    from sana_sprint.checkpoints.convert import Conversion, Report
+    from sana_sprint.checkpoints.evidence import Ambiguity
+
+# Those of checkpoints/, which `--help` must not import.
+LAYOUTS = ("diffusers", "original")
+DTYPES = ("bf16", "fp16", "fp32")
+KINDS = ("transformer", "autoencoder", "controlnet")
+SCHEDULERS = ("scm", "flow-dpm_solver", "flow-euler")
+IMAGE_SIZES = (512, 1024, 2048, 4096)
+PIXELS_PER_CELL = 32
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def byte_count(text: str) -> int:
+    """Bytes from "5GB", "500MB" or "2GiB"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.upper())
+    if found is None or found[2] not in _UNITS or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"wanted a size such as 5GB or 500MB, got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Name and value from "sample_size=16"; a value that is no JSON is text."""
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"wanted NAME=VALUE, such as sample_size=16, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def add_settings(parser: argparse._ActionsContainer) -> None:
+    """Declares the options for what tensors cannot tell; of `inspect` too."""
+    parser.add_argument(
+        "--image-size", type=int, choices=IMAGE_SIZES, help="pixels that a transformer was trained for (from its name)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an entry of the config, such as timestep_scale=0.001; may be given several times",
+    )
+    parser.add_argument("--ema", action="store_true", help="the averaged weights of a training snapshot")
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Entries of the config that the options give."""
+    size = {"sample_size": options.image_size // PIXELS_PER_CELL} if options.image_size else {}
+    return {**size, **dict(options.settings)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.add_argument("input", metavar="INPUT", help="file, index of several, folder, or file of the hub")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder; for --to original a .pth or .safetensors")
+    parser.add_argument("--to", choices=LAYOUTS, default="diffusers", help="layout of the output (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="number format (that of INPUT)")
+    parser.add_argument("--shard-size", type=byte_count, metavar="SIZE", help="the most that a file may hold (5GB)")
+    parser.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
+
+    known = parser.add_argument_group("what the tensors cannot tell")
+    add_settings(known)
+    known.add_argument(
+        "--kind", choices=KINDS, help="what INPUT must hold; transformer takes the base from a ControlNet's file"
+    )
+
+    whole = parser.add_argument_group("a whole pipeline")
+    whole.add_argument("--full-pipeline", action="store_true", help="write one, with the parts below")
+    whole.add_argument("--vae", metavar="PATH", help="DC-AE, in either layout")
+    whole.add_argument("--text-encoder", metavar="PATH", help="folder of Gemma-2 and its tokenizer")
+    whole.add_argument("--scheduler", choices=SCHEDULERS, help="of the pipeline (the one it was trained for)")
+    parser.set_defaults(run=run)
+
+
+def choose_job(options: argparse.Namespace) -> "Conversion":
+    """The whole job; fetches what is on the hub."""
+    from sana_sprint.checkpoints import convert
+    from sana_sprint.checkpoints.hub import find_source
+
+    return convert.Conversion(
+        source=find_source(options.input),
+        output=options.output,
+        to=options.to,
+        dtype=convert.DTYPES[options.dtype] if options.dtype else None,
+        shard_bytes=options.shard_size or convert.SHARD_BYTES,
+        ema=options.ema,
+        kind=options.kind,
+        settings=settings_of(options),
+        full_pipeline=options.full_pipeline,
+        vae=find_source(options.vae) if options.vae else None,
+        text_encoder=find_source(options.text_encoder) if options.text_encoder else None,
+        scheduler=options.scheduler,
+        force=options.force,
+    )
+
+
+def describe_doubts(doubts: "Sequence[Ambiguity]") -> list[str]:
+    """A line for each setting that was guessed, with how to say it."""
+    return [
+        f"{doubt.question}: took {doubt.setting} {doubt.chosen}; --set {doubt.setting}={doubt.others[0]} is another"
+        for doubt in doubts
+    ]
+
+
+def describe_report(report: "Report", layout: str) -> list[str]:
+    """What was done, in lines."""
+    source = report.source
+    lines = [
+        f"{source.name}: {source.num_parameters:,} parameters, {source.layout} -> {layout}",
+        f"wrote {report.output}: {report.num_bytes / 1e9:.2f} GB in {report.seconds:.1f} s",
+    ]
+    if source.aside and layout == "diffusers":
+        lines.append(f"kept beside the model: {', '.join(source.aside)}")
+    for names, reason in ((source.dropped, "can be recomputed"), (source.elsewhere, "belong to another model")):
+        if names:
+            lines.append(f"left out, {reason}: {len(names)} tensors, {names[0]} first")
+    return lines + [f"note: {line}" for line in describe_doubts(source.doubts)]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Converts what the options ask for and prints what was done."""
+    from tqdm import tqdm
+
+    with screen.quiet_libraries():
+        from sana_sprint.checkpoints.convert import convert
+
+        job = choose_job(options)
+        bars: list[tqdm] = []
+
+        def start(num_bytes: int) -> Callable[[int], object]:
+            bars.append(tqdm(total=num_bytes, desc="writing", unit="B", unit_scale=True, disable=None, leave=False))
+            return bars[0].update
+
+        try:
+            report = convert(job, progress=start)
+        finally:
+            for bar in bars:
+                bar.close()
+    print("\n".join(describe_report(report, options.to)))
