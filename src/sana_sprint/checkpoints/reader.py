@@ -27,6 +27,7 @@ _REMAP_BYTES = 2**25
 
 # How files begin.
 _ZIP, _PICKLE, _LFS = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
+_LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # a pickled magic number
 
 
 class Checkpoint:
@@ -193,11 +194,13 @@ def _open_file(path: Path, ema: bool) -> TorchFile | SafetensorsFile:
         return TorchFile(path, ema)
     if start[8:9] == b"{":  # behind the length of the header
         return SafetensorsFile(path)
-    if start.startswith(_PICKLE):
+    if start.startswith(_LEGACY_TORCH):
         raise ValueError(
-            f"{path} is in torch's format of before 1.6, which cannot be read tensor by tensor; load it with torch and"
-            " save it again"
+            f"{path} is in torch's format of before 1.6, which cannot be read tensor by tensor; load it with"
+            " torch.load(..., weights_only=True) and save it again"
         )
+    if start.startswith(_PICKLE):
+        raise ValueError(f"{path} is refused: it is a plain pickle, which is a program that would have to be run")
     if start == _LFS:
         raise ValueError(f"{path} is a Git LFS pointer: the weights themselves were not downloaded")
     raise ValueError(f"{path} is no checkpoint: neither torch.save nor safetensors wrote it")

@@ -111,10 +111,15 @@ def choose_job(options: argparse.Namespace) -> "Conversion":
     )
 
 
+def readable_bytes(count: float) -> str:
+    """A number of bytes as people write it."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def describe_doubts(doubts: "Sequence[Ambiguity]") -> list[str]:
     """A line for each setting that was guessed, with how to say it."""
     return [
-        f"{doubt.question}: took {doubt.setting} {doubt.chosen}; --set {doubt.setting}={doubt.others[0]} is another"
+        f"{doubt.question}: took {doubt.chosen}; --set {doubt.setting}=.. says {' or '.join(map(str, doubt.others))}"
         for doubt in doubts
     ]
 
@@ -124,7 +129,7 @@ def describe_report(report: "Report", layout: str) -> list[str]:
     source = report.source
     lines = [
         f"{source.name}: {source.num_parameters:,} parameters, {source.layout} -> {layout}",
-        f"wrote {report.output}: {report.num_bytes / 1e9:.2f} GB in {report.seconds:.1f} s",
+        f"wrote {report.output}: {readable_bytes(report.num_bytes)} in {report.seconds:.1f} s",
     ]
     if source.aside and layout == "diffusers":
         lines.append(f"kept beside the model: {', '.join(source.aside)}")

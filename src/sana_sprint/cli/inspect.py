@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 from sana_sprint.cli import screen
-from sana_sprint.cli.convert import add_settings, describe_doubts, settings_of
+from sana_sprint.cli.convert import add_settings, describe_doubts, readable_bytes, settings_of
 
 if TYPE_CHECKING:
     from sana_sprint.checkpoints.inspect import Inspection
@@ -26,13 +26,13 @@ def _shape(shape: tuple[int, ...]) -> str:
 def describe(inspection: "Inspection") -> list[str]:
     """One model, in lines."""
     dtypes = ", ".join(inspection.dtypes)
-    loaded = [f"{inspection.num_parameters * size / 1e9:.2f} GB in {name}" for name, size in (("bf16", 2), ("fp32", 4))]
+    loaded = [f"{readable_bytes(inspection.num_parameters * n)} in {name}" for name, n in (("bf16", 2), ("fp32", 4))]
     prefix = f", every name behind {inspection.prefix}" if inspection.prefix else ""
     lines = [
         f"{inspection.path}",
         f"  {inspection.name}: {inspection.kind} in the {inspection.layout} layout{prefix}",
         f"  {inspection.num_parameters:,} parameters; {inspection.num_tensors} tensors in {dtypes}",
-        f"  {inspection.num_bytes / 1e9:.2f} GB on disk; in memory {', '.join(loaded)}",
+        f"  {readable_bytes(inspection.num_bytes)} on disk; in memory {', '.join(loaded)}",
     ]
     for title, names in (
         ("kept aside in a conversion", inspection.aside),
