@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,118 +158,6 @@ def test_settings_are_written_to_the_config(reduced, store, tmp_path):
     assert (config["sample_size"], config["guidance_embeds_scale"]) == (16, 0.2)
 
 
-# A whole pipeline
-
-
-PIPELINE_SETTINGS = {"attention_head_dim": 8, "cross_attention_head_dim": 8, "sample_size": 8}
-
-
-@pytest.fixture(scope="module")
-def parts(tiny_pipeline_parts, tmp_path_factory) -> dict[str, Path]:
-    """The tiny pipeline as people have one: the transformer as a .pth file, the text encoder with its tokenizer."""
-    from transformers import Gemma2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("parts")
-    tiny_pipeline_parts["transformer"].save_pretrained(folder / "transformer")
-    run(folder / "transformer", folder / "transformer.pth", to="original")
-    tiny_pipeline_parts["vae"].save_pretrained(folder / "vae")
-    language = Gemma2ForCausalLM(tiny_pipeline_parts["text_encoder"].config)
-    language.model.load_state_dict(tiny_pipeline_parts["text_encoder"].state_dict())
-    language.save_pretrained(folder / "gemma")
-    tiny_pipeline_parts["tokenizer"].save_pretrained(folder / "gemma")
-    return {"source": folder / "transformer.pth", "vae": folder / "vae", "text_encoder": folder / "gemma"}
-
-
-def whole(parts: dict[str, Path], output: Path, **options: Any) -> Report:
-    return run(output=output, full_pipeline=True, **{"settings": PIPELINE_SETTINGS, **parts, **options})
-
-
-def draw(pipe: Any) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    call = {"height": 64, "width": 64, "max_sequence_length": 16, "use_resolution_binning": False, "output_type": "pt"}
-    return pipe("a red circle", generator=torch.Generator().manual_seed(0), **call).images
-
-
-def test_a_whole_pipeline_draws_what_its_parts_do_in_both_libraries(parts, tiny_pipeline_parts, tmp_path):
-    from sana_sprint import SanaSprintPipeline
-
-    whole(parts, tmp_path / "pipeline")
-    wanted = draw(SanaSprintPipeline(**tiny_pipeline_parts))
-    ours = SanaSprintPipeline.from_pretrained(tmp_path / "pipeline")
-    # The same numbers, but loaded they may lie at other addresses, and kernels sum in another order there.
-    torch.testing.assert_close(draw(ours), wanted, atol=1e-5, rtol=0)
-    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
-    assert type(theirs) is diffusers.SanaSprintPipeline
-    # Values in [0, 1]; two implementations in float32.
-    torch.testing.assert_close(draw(theirs), wanted, atol=1e-4, rtol=0)
-
-
-def test_a_whole_pipeline_is_the_folder_that_the_pipeline_saves(parts, tiny_pipeline_parts, tmp_path):
-    from sana_sprint import SanaSprintPipeline
-
-    whole(parts, tmp_path / "pipeline")
-    SanaSprintPipeline(**tiny_pipeline_parts).save_pretrained(tmp_path / "saved")
-    for name in ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
-        ours, saved = (json.loads((tmp_path / folder / name).read_text()) for folder in ("pipeline", "saved"))
-        assert ours == saved, name
-    assert names_in(tmp_path / "pipeline") == names_in(tmp_path / "saved")
-
-
-def test_a_pipelines_parts_may_come_from_another_pipeline(parts, tmp_path):
-    whole(parts, tmp_path / "first")
-    whole({**parts, "vae": tmp_path / "first", "text_encoder": tmp_path / "first"}, tmp_path / "second")
-    files = [path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*") if path.is_file()]
-    assert len(files) > 8
-    assert all((tmp_path / "first" / f).read_bytes() == (tmp_path / "second" / f).read_bytes() for f in files)
-
-
-@pytest.mark.parametrize(
-    ("asked", "wanted"), [(None, "DPMSolverMultistepScheduler"), ("flow-euler", "FlowMatchEulerDiscreteScheduler")]
-)
-def test_a_flow_models_pipeline_is_sanas_with_a_flow_scheduler(parts, tiny_pipeline_parts, tmp_path, asked, wanted):
-    config = {**tiny_pipeline_parts["transformer"].config, "guidance_embeds": False, "qk_norm": None}
-    SanaTransformer2DModel.from_config(config).save_pretrained(tmp_path / "flow")
-    whole({**parts, "source": tmp_path / "flow"}, tmp_path / "pipeline", scheduler=asked, settings={})
-    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
-    assert (type(pipe).__name__, type(pipe.scheduler).__name__) == ("SanaPipeline", wanted)
-    shift = pipe.scheduler.config.get("flow_shift", pipe.scheduler.config.get("shift"))
-    assert shift == 3.0
-    with pytest.raises(ValueError, match="scm is for SANA-Sprint"):
-        whole({**parts, "source": tmp_path / "flow"}, tmp_path / "other", scheduler="scm", settings={})
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"vae": None}, "name all three"),
-        ({"scheduler": "flow-euler"}, "is sampled with scm"),
-        ({"text_encoder": "vae"}, "must be a Gemma-2"),
-        ({"vae": "source"}, "holds no autoencoder but one transformer"),
-        ({"text_encoder": "empty"}, "no folder of a text encoder"),
-    ],
-)
-def test_parts_that_make_no_pipeline_are_refused(parts, tmp_path, change, named):
-    (tmp_path / "empty").mkdir()
-    places = {**parts, "empty": tmp_path / "empty"}
-    change = {key: places.get(value, value) for key, value in change.items()}
-    with pytest.raises(ValueError, match=named):
-        whole({**parts, **change}, tmp_path / "pipeline")
-    assert names_in(tmp_path) == ["empty"]
-
-
-def test_a_text_encoder_or_autoencoder_of_another_width_is_refused(parts, tmp_path):
-    config = json.loads((parts["text_encoder"] / "config.json").read_text())
-    other = tmp_path / "gemma"
-    other.mkdir()
-    (other / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    with pytest.raises(ValueError, match="captions of width 32, the text encoder in .* gives 64"):
-        whole({**parts, "text_encoder": other}, tmp_path / "pipeline")
-    vae = AutoencoderDC.load_config(parts["vae"])
-    AutoencoderDC.from_config({**vae, "latent_channels": 8}).save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match="latents of 4 channels, those of .*vae have 8"):
-        whole({**parts, "vae": tmp_path / "vae"}, tmp_path / "pipeline")
-
-
 # Errors
 
 
@@ -325,6 +214,17 @@ def test_another_models_file_is_refused(store, reduced, tmp_path):
     assert_no_output(tmp_path)
 
 
+def test_an_index_or_a_weights_file_is_converted_with_what_lies_beside_it(reduced, store, tmp_path):
+    source = store(reduced("teacher"))
+    run(source, tmp_path / "whole")
+    run(source, tmp_path / "shards", shard_bytes=100_000)
+    for name in ("whole/diffusion_pytorch_model.safetensors", "shards/diffusion_pytorch_model.safetensors.index.json"):
+        run(tmp_path / name, tmp_path / "back.pth", to="original", force=True)
+        assert_equal(contents(tmp_path / "back.pth"), {k: v for k, v in contents(source).items() if k != "pos_embed"})
+        run(tmp_path / name, tmp_path / "copy", force=True)
+        assert (tmp_path / "copy" / "config.json").read_text() == (tmp_path / "whole" / "config.json").read_text()
+
+
 def test_a_kind_that_is_not_there_is_refused(store, reduced, tmp_path):
     with pytest.raises(ValueError, match="holds no autoencoder but one transformer"):
         run(store(reduced("sana")), tmp_path / "folder", kind="autoencoder")
@@ -375,6 +275,33 @@ def test_an_existing_output_is_replaced_by_force_only(store, reduced, tmp_path):
     assert {tensor.dtype for tensor in contents(tmp_path / "folder").values()} == {torch.float32}
     run(source, tmp_path / "folder", dtype=torch.bfloat16, force=True)
     assert {tensor.dtype for tensor in contents(tmp_path / "folder").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "to"),
+    [
+        ("folder", "folder", "diffusers"),
+        ("folder", "folder/diffusion_pytorch_model-00001-of-00003.safetensors", "original"),
+        ("folder/diffusion_pytorch_model.safetensors.index.json", "folder", "diffusers"),
+        (
+            "folder/diffusion_pytorch_model.safetensors.index.json",
+            "folder/diffusion_pytorch_model-00001-of-00003.safetensors",
+            "original",
+        ),
+        ("pipeline", "pipeline/transformer", "diffusers"),
+        ("link.safetensors", "link.safetensors", "original"),
+    ],
+)
+def test_what_is_read_is_never_replaced_by_what_is_made_of_it(reduced, store, tmp_path, source, output, to):
+    run(store(reduced("sana")), tmp_path / "in" / "folder", shard_bytes=300_000)
+    shutil.copytree(tmp_path / "in" / "folder", tmp_path / "in" / "pipeline" / "transformer")
+    save_file(reduced("sana").tensors, tmp_path / "in" / "file.safetensors")
+    (tmp_path / "in" / "link.safetensors").symlink_to(tmp_path / "in" / "file.safetensors")
+    assert (tmp_path / "in" / output).exists()
+    before = {path: path.read_bytes() for path in (tmp_path / "in").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="would be replaced by what is made of it"):
+        run(tmp_path / "in" / source, tmp_path / "in" / output, to=to, force=True, dtype=torch.float16)
+    assert {path: path.read_bytes() for path in (tmp_path / "in").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,17 @@ def test_a_config_that_contradicts_the_tensors_is_found_out_by_their_shapes(redu
     assert plan.misshaped[0] == ("y_embedder.y_proj.fc1.weight", (64, 12), (64, 13))
 
 
+@pytest.mark.parametrize("kind", ["transformer", "controlnet"])
+def test_tensors_that_a_setting_denies_are_unexpected_and_not_another_models(reduced, kind):
+    file = reduced("sprint")
+    if kind == "controlnet":
+        file.tensors.update({name: t for name, t in reduced("controlnet").tensors.items() if name not in file.tensors})
+    tensors = infos(file.tensors)
+    embedder = {name for name in tensors if name.startswith("cfg_embedder.")}
+    family = recognise(tensors, kind=kind, settings={"guidance_embeds": False, "qk_norm": None})
+    assert embedder <= set(plan_conversion(family, tensors, "diffusers").unexpected)
+
+
 def test_a_config_that_no_model_has_is_refused_in_one_line(reduced):
     tensors = infos(reduced("dc-ae-sana").tensors)
     family = recognise(tensors, settings={"decoder_norm_types": "layer_norm"})

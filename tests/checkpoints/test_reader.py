@@ -149,6 +149,26 @@ def test_a_folder_gives_its_config_and_what_was_kept_beside_it(tmp_path):
         assert checkpoint.tensors.keys() == {"a", "b"}
 
 
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"])
+def test_what_lies_beside_weights_belongs_to_them_when_they_are_named_themselves(tmp_path, name):
+    save_file({"a": TENSORS["a"]}, tmp_path / name)
+    save_file({"b": TENSORS["b"]}, tmp_path / ASIDE_FILE)
+    (tmp_path / "config.json").write_text('{"num_layers": 3}')
+    with open_checkpoint(tmp_path / name) as checkpoint:
+        assert checkpoint.config == {"num_layers": 3}
+        assert checkpoint.tensors.keys() == {"a", "b"}
+        assert checkpoint.paths == [tmp_path / name, tmp_path / ASIDE_FILE]
+
+
+def test_what_lies_beside_a_file_of_another_name_has_nothing_to_do_with_it(tmp_path):
+    save_file({"a": TENSORS["a"]}, tmp_path / "community.safetensors")
+    save_file({"b": TENSORS["b"]}, tmp_path / ASIDE_FILE)
+    (tmp_path / "config.json").write_text('{"num_layers": 3}')
+    with open_checkpoint(tmp_path / "community.safetensors") as checkpoint:
+        assert checkpoint.config is None
+        assert checkpoint.tensors.keys() == {"a"}
+
+
 def test_a_tensor_that_two_files_hold_is_an_error(tmp_path):
     save_file({"a": TENSORS["a"]}, tmp_path / "diffusion_pytorch_model.safetensors")
     save_file({"a": TENSORS["a"]}, tmp_path / ASIDE_FILE)
@@ -169,9 +189,16 @@ def test_of_a_pipelines_folder_the_component_asked_for_is_read(tmp_path):
 
 def test_a_folder_without_weights_or_with_several_is_refused(tmp_path):
     assert "holds no weights" in refusal(tmp_path)
-    for name in ("model.fp16.safetensors", "model.safetensors"):
+    for name in ("model.fp16.safetensors", "model.bf16.safetensors"):
         save_file(TENSORS, tmp_path / name)
-    assert "model.fp16.safetensors, model.safetensors" in refusal(tmp_path)
+    assert "model.bf16.safetensors, model.fp16.safetensors" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("plain", ["diffusion_pytorch_model", "model"])
+def test_of_several_variants_the_one_without_a_name_is_read(tmp_path, plain):
+    save_file({"a": TENSORS["a"].half()}, tmp_path / f"{plain}.fp16.safetensors")
+    save_file({"a": TENSORS["a"]}, tmp_path / f"{plain}.safetensors")
+    assert_equal(contents(tmp_path), {"a": TENSORS["a"]})
 
 
 class Hostile:

@@ -163,6 +163,8 @@ def test_what_shapes_cannot_tell_is_said_with_the_choice(published):
         ("sana1.5-1.6b", "teacher/checkpoints/model.pth", "timestep_scale", 0.001),
         ("sana1.5-1.6b", "/home/teacher/a/b/model.pth", "timestep_scale", 1.0),
         ("sana1.5-1.6b", "SANA1.5_1.6B_1024px.pth", "timestep_scale", 1.0),
+        ("sana1.5-1.6b", "teachers/SANA1.5_1.6B_1024px.pth", "timestep_scale", 1.0),
+        ("sana1.5-1.6b", "sana1.5/Sana_Sprint_1.6B_1024px_teacher.pth", "timestep_scale", 0.001),
         ("dc-ae-f32", "dc-ae-f32c32-in-1.0/model.safetensors", "scaling_factor", 0.3189),
         ("dc-ae-f32", "dc-ae-f32c32-mix-1.0/model.safetensors", "scaling_factor", 0.4552),
         ("dc-ae-f64", "dc-ae-f64c128-in-1.0.pt", "scaling_factor", 0.2889),
@@ -194,6 +196,19 @@ def test_without_positions_the_size_of_pictures_is_read_from_the_files_name(publ
     assert (config["sample_size"], config["interpolation_scale"]) == (sample_size, scale)
     asked = recognise(infos(shapes), settings={"sample_size": sample_size}).config
     assert (asked["sample_size"], asked["interpolation_scale"]) == (sample_size, scale)
+
+
+@pytest.mark.parametrize("file", ["", "/model.safetensors", "/checkpoints/model.pth"])
+def test_the_name_of_a_repository_is_read_in_the_hubs_cache_too(published, file):
+    path = f"/cache/models--mit-han-lab--dc-ae-f32c32-in-1.0/snapshots/{'0a' * 20}{file}"
+    family = recognise(infos(published("dc-ae-f32")), file_name=path)
+    assert (family.config["scaling_factor"], family.ambiguous) == (0.3189, ())
+
+
+def test_of_an_autoencoder_of_an_unpublished_ratio_nothing_is_guessed_unsaid(reduced):
+    shallow = {name: t for name, t in reduced("dc-ae-sana").tensors.items() if ".5.op_list." not in name}
+    assert doubts(shallow) == {"scaling_factor": 1.0, "decoder_conv_act_fn": "relu"}
+    assert doubts(shallow, scaling_factor=0.9, decoder_conv_act_fn="silu") == {}
 
 
 def test_of_an_unpublished_width_the_heads_of_cross_attention_are_in_doubt_unless_given(reduced):
@@ -314,10 +329,23 @@ def test_a_setting_that_the_model_does_not_have_is_refused(reduced):
     assert "no such setting" in refusal(tensors, settings={"residual_placement": "after"})
 
 
-@pytest.mark.parametrize("value", [0, -1, "16", 1.5])
+@pytest.mark.parametrize("value", [0, -1, "16", 1.5, True])
 def test_a_size_that_is_no_size_is_refused(reduced, value):
     message = refusal(infos(reduced("sana").tensors), settings={"num_cross_attention_heads": value})
     assert message == f"num_cross_attention_heads must be a positive integer, got {value!r}"
+
+
+@pytest.mark.parametrize("value", ["large", None, True, float("nan"), float("inf")])
+def test_a_number_that_is_none_is_refused(reduced, value):
+    """No tensor would contradict it, and the model would be of no use."""
+    for name, setting in (("sprint", "timestep_scale"), ("dc-ae-f32", "scaling_factor")):
+        message = refusal(infos(reduced(name).tensors), settings={setting: value})
+        assert message == f"{setting} must be a number, got {value!r}"
+
+
+def test_a_place_of_residuals_that_nobody_knows_is_refused(reduced):
+    message = refusal(infos(reduced("controlnet").tensors), settings={"residual_placement": "between"})
+    assert message == "residual_placement must be before or after, got 'between'"
 
 
 def test_heads_that_do_not_divide_the_width_are_refused(reduced):

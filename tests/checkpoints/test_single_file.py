@@ -109,10 +109,26 @@ def test_the_model_does_not_depend_on_the_file_any_more(reduced, store):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_loading_says_nothing(reduced, store, caplog):
+def test_loading_says_nothing_but_what_it_guesses(reduced, store, caplog):
+    source = store(reduced("sprint"))
     with caplog.at_level(logging.WARNING):
-        SanaTransformer2DModel.from_single_file(store(reduced("sprint")), dtype=torch.bfloat16)
+        SanaTransformer2DModel.from_single_file(source, dtype=torch.bfloat16, cross_attention_head_dim=32)
     assert [record.getMessage() for record in caplog.records] == []
+    with caplog.at_level(logging.WARNING):
+        SanaTransformer2DModel.from_single_file(source)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(f"{source}: width of the cross-attention heads")
+    assert message.endswith("give cross_attention_head_dim to override")
+
+
+def test_a_pth_file_whose_numbers_were_altered_is_refused(reduced, store):
+    original = reduced("sprint")
+    source = store(original)
+    data = bytearray(source.read_bytes())
+    data[data.find(original.tensors["blocks.1.attn.qkv.weight"].numpy().tobytes()) + 1000] ^= 1
+    source.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        SanaTransformer2DModel.from_single_file(source)
 
 
 def test_registered_classes_read_sprint_too(reduced, store):
@@ -148,6 +164,8 @@ def test_a_file_of_another_model_or_with_tensors_missing_is_refused(reduced, sto
     del original.tensors["blocks.1.attn.proj.bias"]
     with pytest.raises(ValueError, match=r"1 tensors are missing \(blocks.1.attn.proj.bias\)"):
         SanaTransformer2DModel.from_single_file(store(original))
+    with pytest.raises(ValueError, match="holds something else than tensors: 'epoch'"):
+        SanaTransformer2DModel.from_single_file({"epoch": 3})
     with pytest.raises(ValueError, match="needs a file"):
         SanaTransformer2DModel.from_single_file(None)
     with pytest.raises(FileNotFoundError, match="no file or folder ./missing.pth"):

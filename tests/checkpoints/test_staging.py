@@ -113,6 +113,31 @@ def test_force_does_not_replace_a_folder_of_something_else(tmp_path):
     assert names_in(tmp_path / "holidays") == ["sea.jpg"]
 
 
+@pytest.mark.parametrize("name", ["letter.txt", "notes"])
+def test_force_does_not_replace_a_file_of_something_else(tmp_path, name):
+    (tmp_path / name).write_text("dear")
+    with pytest.raises(ValueError, match="is no checkpoint"), staged(tmp_path / name, force=True):
+        pytest.fail("it is no checkpoint")
+    assert (tmp_path / name).read_text() == "dear"
+    assert names_in(tmp_path) == [name]
+
+
+def test_force_replaces_a_link_and_not_what_it_points_to(existing, tmp_path):
+    (tmp_path / "link").symlink_to(existing)
+    with staged(tmp_path / "link", force=True) as place:
+        fill(place)
+    assert (existing / "config.json").read_text() == "old"
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link" / "config.json").read_text() == "new"
+
+
+def test_an_output_below_the_home_folder_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with staged(Path("~/out")) as place:
+        fill(place)
+    assert names_in(tmp_path) == ["out"]
+
+
 def test_what_a_killed_run_left_is_hidden_and_cleared_away_by_the_next(tmp_path):
     killed_inside(tmp_path / "out")
     assert names_in(tmp_path) == [".out.partial"]

@@ -2,14 +2,18 @@
 
 import argparse
 import json
+import os
 import runpy
+import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from sana_sprint import SanaSprintPipeline, SanaTransformer2DModel
+from sana_sprint import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel
 from sana_sprint.cli.convert import add_arguments, byte_count, choose_job, setting, settings_of
 from sana_sprint.cli.main import main
 
@@ -52,7 +56,7 @@ def test_sizes_are_read_with_their_unit(text, size):
     assert byte_count(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "5 apples", "-5GB", "0MB", "5GBs"])
+@pytest.mark.parametrize("text", ["", "GB", "5 apples", "-5GB", "0MB", "5GBs", "0.5"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="5GB or 500MB"):
         byte_count(text)
@@ -66,10 +70,22 @@ def test_settings_are_json_or_text(text, value):
     assert setting(text) == ("a", value)
 
 
-@pytest.mark.parametrize("text", ["a", "=3", "a b=3"])
+@pytest.mark.parametrize("text", ["a", "=3", "a b=3", "_class_name=A"])
 def test_what_is_no_setting_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="NAME=VALUE"):
         setting(text)
+
+
+def test_the_choices_are_those_of_the_library():
+    """Written out for the sake of --help, which must not import it."""
+    from sana_sprint.checkpoints import assembly, convert, rules, transformer_config
+    from sana_sprint.cli import convert as command
+
+    assert set(command.LAYOUTS) == set(rules.LAYOUTS)
+    assert set(command.DTYPES) == convert.DTYPES.keys()
+    assert set(command.KINDS) == set(get_args(rules.Kind))
+    assert set(command.SCHEDULERS) == set(get_args(assembly.SchedulerName))
+    assert command.PIXELS_PER_CELL == transformer_config.PIXELS_PER_CELL
 
 
 def test_an_image_size_is_a_sample_size_and_a_setting_wins_over_it():
@@ -150,6 +166,24 @@ def test_an_error_is_one_line_exit_code_2_and_no_output(arguments, named, capsys
     assert names_in(tmp_path) == ["empty.pth", "text.pth"]
 
 
+PROGRAM = """
+import os, signal, sys
+from tqdm import tqdm
+from sana_sprint.cli.main import main
+tqdm.update = lambda bar, count: os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_is_terminated_clears_away_what_it_wrote(checkpoint, tmp_path):
+    """The signal comes when the progress bar is told of the first tensor."""
+    arguments = ["convert", checkpoint, tmp_path / "a" / "out", *SETTINGS]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent / "src")}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], env=environment, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert names_in(tmp_path) == ["in"]
+
+
 # The scripts
 
 
@@ -204,11 +238,40 @@ def test_the_sana_script_writes_a_whole_pipeline(monkeypatch, wide, model_folder
     assert pipe.transformer.dtype == torch.float32  # as diffusers' script has it
 
 
-def test_the_dcae_script_takes_diffusers_arguments(monkeypatch, model_folder, tmp_path):
-    source = Path(model_folder) / "vae"
-    arguments = ("--config_name", "dc-ae-f64c128-in-1.0", "--ae_ckpt_path", source, "--output_path", tmp_path / "out")
-    assert run_script(monkeypatch, "convert_dcae_to_diffusers.py", *arguments, "--dtype", "bf16") == 0
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["scaling_factor"] == 0.2889
+@pytest.fixture
+def deep(tmp_path) -> Path:
+    """An autoencoder of the f64 kind with as many latent channels as the published one, but narrow."""
+    layers = (0, 1, 1, 1, 1, 1, 1)
+    model = AutoencoderDC(
+        latent_channels=128,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(4, 8, 8, 8, 8, 8, 128),
+        decoder_block_out_channels=(4, 8, 8, 8, 8, 8, 128),
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
+        encoder_qkv_multiscales=((),) * 7,
+        decoder_qkv_multiscales=((),) * 7,
+    )
+    model.save_pretrained(tmp_path / "deep")
+    assert exit_code("convert", tmp_path / "deep", tmp_path / "deep" / "model.safetensors", "--to", "original") == 0
+    return tmp_path / "deep" / "model.safetensors"
+
+
+@pytest.mark.parametrize(("training", "factor"), [("in", 0.2889), ("mix", 0.4538)])
+def test_the_dcae_script_takes_diffusers_arguments(monkeypatch, deep, tmp_path, training, factor):
+    name = f"dc-ae-f64c128-{training}-1.0"
+    arguments = ("--config_name", name, "--ae_ckpt_path", deep, "--output_path", tmp_path / "out", "--dtype", "bf16")
+    assert run_script(monkeypatch, "convert_dcae_to_diffusers.py", *arguments) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["scaling_factor"] == factor
+
+
+@pytest.mark.parametrize("name", ["dc-ae-f32c32-sana-1.1", "dc-ae-f32c32-in-1.0", "dc-ae-f128c512-mix-1.0"])
+def test_a_name_that_the_tensors_contradict_is_refused_by_the_dcae_script(monkeypatch, deep, tmp_path, capsys, name):
+    arguments = ("--config_name", name, "--ae_ckpt_path", deep, "--output_path", tmp_path / "out")
+    assert run_script(monkeypatch, "convert_dcae_to_diffusers.py", *arguments) == 2
+    assert "is no whole DC-AE" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_dcae_script_names_the_repository_it_would_fetch(monkeypatch, tmp_path, capsys):

@@ -1,12 +1,13 @@
 """A scheduler's name and a Gemma-2 folder to what a pipeline's folder holds beside transformer and autoencoder."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from sana_sprint.checkpoints.reader import CONFIG_FILE, PIPELINE_FILE, read_json
+from sana_sprint.checkpoints.reader import CONFIG_FILE, PIPELINE_FILE, open_checkpoint, read_json
 from sana_sprint.checkpoints.recognise import Family
 from sana_sprint.checkpoints.writer import write_json
 
@@ -23,6 +24,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _COPY_BYTES = 2**24
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,20 @@ def _copy(source: Path, target: Path, advance: Callable[[int], object]) -> None:
             advance(len(chunk))
 
 
+def _weights_of(folder: Path, config: Mapping[str, Any]) -> list[Path]:
+    """The files of a Gemma-2's weights, an index included. Raises ValueError if they are damaged or not all there."""
+    with open_checkpoint(folder) as checkpoint:
+        names, files = list(checkpoint.tensors), checkpoint.paths
+    if any(file.suffix != ".safetensors" for file in files):
+        raise ValueError(f"{folder} holds no weights in safetensors format")
+    layers = {int(found[1]) for name in names if (found := _LAYER.match(name))}
+    if len(layers) != config.get("num_hidden_layers"):
+        raise ValueError(
+            f"the text encoder in {folder} has {config.get('num_hidden_layers')} layers, its weights have {len(layers)}"
+        )
+    return sorted([*files, *folder.glob("*.safetensors.index.json")])
+
+
 def find_text_encoder(folder: Path, caption_channels: int) -> TextEncoder:
     """The text encoder in a folder: Gemma-2 with its tokenizer, or a pipeline that has them.
 
@@ -60,7 +76,7 @@ def find_text_encoder(folder: Path, caption_channels: int) -> TextEncoder:
         caption_channels: the width of features that the transformer reads.
 
     Raises:
-        ValueError: if there is no Gemma-2 of that width in safetensors format, or no tokenizer.
+        ValueError: if there is no whole Gemma-2 of that width in safetensors format, or no tokenizer.
     """
     folder = folder.expanduser()
     is_pipeline = (folder / "text_encoder").is_dir()
@@ -75,9 +91,7 @@ def find_text_encoder(folder: Path, caption_channels: int) -> TextEncoder:
             f"the transformer reads captions of width {caption_channels}, the text encoder in {model} gives"
             f" {config.get('hidden_size')}"
         )
-    weights = sorted([*model.glob("*.safetensors"), *model.glob("*.safetensors.index.json")])
-    if not weights:
-        raise ValueError(f"{model} holds no weights in safetensors format")
+    weights = _weights_of(model, config)
     words = tuple(tokenizer / name for name in _TOKENIZER_FILES if (tokenizer / name).is_file())
     if not {"tokenizer.json", "tokenizer.model"} & {file.name for file in words}:
         raise ValueError(f"{tokenizer} holds no tokenizer: neither tokenizer.json nor tokenizer.model")

@@ -97,12 +97,12 @@ def _is_shuffled(shapes: Shapes, prefix: str, rows: list[int]) -> bool:
 
 def _scaling_factor(is_sana: bool, ratio: int, name: str) -> tuple[float, list[Ambiguity]]:
     """What gives the latents unit variance: shapes tell the sana family, a file's name the others."""
-    if is_sana:
-        return SANA_SCALING_FACTOR, []
     factors = SCALING_FACTORS.get(ratio)
     if factors is None:
         question = f"what gives the latents unit variance (no model of ratio {ratio} is published)"
         return 1.0, [Ambiguity("scaling_factor", 1.0, ("another",), question)]
+    if is_sana:
+        return SANA_SCALING_FACTOR, []
     if hint := hint_in(r"(?<![a-z])(in|mix)-1\.0", name):
         return factors[hint], []
     question = "trained on a mix of data sets, or ImageNet alone"
@@ -138,7 +138,12 @@ def autoencoder_config(shapes: Shapes, name: str, given: Mapping[str, Any]) -> t
     ]
     latents = sizes(shapes, r"encoder\.conv_out\.(weight|bias)", 0) + sizes(shapes, r"decoder\.conv_in\.weight", 1)
     norms = _norm_types(decoder)
-    scaling_factor, doubts = _scaling_factor(not unshuffles, 2 ** (len(down) - 1), name)
+    final_activation, other_activation = ("silu", "relu") if is_lite else ("relu", "silu")
+    ratio = 2 ** (len(down) - 1)
+    scaling_factor, doubts = _scaling_factor(not unshuffles, ratio, name)
+    if ratio not in SCALING_FACTORS:
+        question = f"activation before the last convolution (no model of ratio {ratio} is published)"
+        doubts.append(Ambiguity("decoder_conv_act_fn", final_activation, (other_activation,), question))
     config: dict[str, Any] = {
         "in_channels": vote(pictures, default=3),
         "latent_channels": vote(latents, what="number of latent channels"),
@@ -157,7 +162,7 @@ def autoencoder_config(shapes: Shapes, name: str, given: Mapping[str, Any]) -> t
         "decoder_act_fns": _one_or_all(["relu" if norm == "batch_norm" else "silu" for norm in norms]),
         "encoder_out_shortcut": True,
         "decoder_in_shortcut": True,
-        "decoder_conv_act_fn": "silu" if is_lite else "relu",
+        "decoder_conv_act_fn": final_activation,
         "scaling_factor": scaling_factor,
     }
     return with_given(config, given), [doubt for doubt in doubts if doubt.setting not in given]

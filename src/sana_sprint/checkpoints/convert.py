@@ -19,7 +19,7 @@ from sana_sprint.checkpoints.assembly import (
 )
 from sana_sprint.checkpoints.entries import Entry
 from sana_sprint.checkpoints.inspect import CLASSES, Inspection, describe, identify, plan_for, refuse_inexact
-from sana_sprint.checkpoints.reader import Checkpoint, open_checkpoint
+from sana_sprint.checkpoints.reader import COMPONENTS, Checkpoint, open_checkpoint
 from sana_sprint.checkpoints.recognise import Family
 from sana_sprint.checkpoints.rules import Kind, Layout
 from sana_sprint.checkpoints.staging import staged
@@ -43,7 +43,7 @@ class Conversion:
     """What to convert, to what.
 
     Attributes:
-        source: a file, the index of several, or a folder; of a pipeline's folder, the transformer.
+        source: a file, the index of several, or a folder; of a pipeline's folder, the transformer or what `kind` says.
         output: a folder to be made, or for the original layout a file that ends in .pth or .safetensors.
         to: the layout wanted. It may be the one that `source` has, to change dtype or shards.
         dtype: of the weights; None leaves them as they are.
@@ -75,9 +75,10 @@ class Conversion:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was done: the source as it was found, and what was written."""
+    """What was done: the source as it was found, the vae of a full pipeline likewise, and what was written."""
 
     source: Inspection
+    vae: Inspection | None
     output: Path
     num_bytes: int  # of tensors and copied files
     seconds: float
@@ -120,11 +121,15 @@ def convert(job: Conversion, *, progress: Callable[[int], Callable[[int], object
     start = time.monotonic()
     _check(job)
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(job.source, ema=job.ema))
+        component = COMPONENTS[job.kind or "transformer"]
+        checkpoint = stack.enter_context(open_checkpoint(job.source, ema=job.ema, component=component))
         main = _prepare(checkpoint, job.settings, job.to, job.dtype, job.kind)
+        inputs = checkpoint.paths
         vae, text_encoder = None, None
         if job.full_pipeline:
             vae, text_encoder = _companions(job, main.family, stack)
+            inputs += [*vae.checkpoint.paths, *text_encoder.model_files, *text_encoder.tokenizer_files]
+        _spare(inputs, job.output)
         num_bytes = main.num_bytes + (vae.num_bytes if vae else 0) + (text_encoder.num_bytes if text_encoder else 0)
         with staged(job.output, force=job.force, num_bytes=num_bytes + _OVERHEAD_BYTES) as place:
             for model in (main, vae):
@@ -138,7 +143,9 @@ def convert(job: Conversion, *, progress: Callable[[int], Callable[[int], object
             else:
                 main.write(place, job.shard_bytes, advance)
         source = describe(checkpoint, main.family)
-    return Report(source=source, output=job.output, num_bytes=num_bytes, seconds=time.monotonic() - start)
+        described_vae = describe(vae.checkpoint, vae.family) if vae else None
+    seconds = time.monotonic() - start
+    return Report(source=source, vae=described_vae, output=job.output, num_bytes=num_bytes, seconds=seconds)
 
 
 def _ignore(num_bytes: int) -> None:
@@ -160,10 +167,15 @@ def _check(job: Conversion) -> None:
         raise ValueError("a full pipeline is made of a transformer, a vae and a text encoder: name all three")
     if not job.full_pipeline and (job.vae or job.text_encoder or job.scheduler):
         raise ValueError("vae, text encoder and scheduler are parts of a full pipeline, which was not asked for")
-    output = job.output.expanduser().resolve()
-    for source in (job.source, job.vae, job.text_encoder):
-        if source and source.expanduser().resolve().is_relative_to(output):
-            raise ValueError(f"{source} would be replaced by what is made of it: name another output")
+
+
+def _spare(inputs: Sequence[Path], output: Path) -> None:
+    """Raises ValueError if the output is one of the input's files, or a folder around one."""
+    destination = output.expanduser().resolve()
+    for file in inputs:
+        # The file of a link, and the link.
+        if any(place.is_relative_to(destination) for place in (file.resolve(), file.parent.resolve() / file.name)):
+            raise ValueError(f"{file} would be replaced by what is made of it: name another output than {output}")
 
 
 def _prepare(
@@ -187,7 +199,7 @@ def _companions(job: Conversion, family: Family, stack: ExitStack) -> tuple[_Mod
     if family.kind != "transformer":
         raise ValueError(f"a full pipeline is made around a transformer, {job.source} is a {family.name}")
     choose_scheduler(family, job.scheduler)
-    opened = stack.enter_context(open_checkpoint(job.vae, component="vae"))
+    opened = stack.enter_context(open_checkpoint(job.vae, component=COMPONENTS["autoencoder"]))
     vae = _prepare(opened, {}, "diffusers", None, "autoencoder")
     latents, channels = vae.family.config["latent_channels"], family.config["in_channels"]
     if latents != channels:

@@ -4,6 +4,7 @@ One damaged tensor must not pass for a size of its own: sizes that several tenso
 the odd one out is found to be mis-shaped later.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+# Settings that no tensor's shape contradicts, whatever is given for them.
+NUMBERS = ("dropout", "norm_eps", "guidance_embeds_scale", "timestep_scale", "scaling_factor")
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,18 @@ def hint_in(pattern: str, name: str) -> str:
 def positive_integer(given: Mapping[str, Any], setting: str) -> int | None:
     """A setting that must be a positive integer if it is given at all."""
     value = given.get(setting)
-    if value is not None and (not isinstance(value, int) or value < 1):
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError(f"{setting} must be a positive integer, got {value!r}")
     return value
 
 
 def with_given(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with settings that are known; ValueError for a name that it does not have."""
+    """The config with settings that are known; ValueError for a name that it does not have, or for no number."""
     unknown = sorted(given.keys() - config.keys())
     if unknown:
         raise ValueError(f"no such setting: {', '.join(unknown)}; the settings are {', '.join(config)}")
+    for name in NUMBERS:
+        value = given.get(name, 0.0)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a number, got {value!r}")
     return {**config, **given}

@@ -74,11 +74,8 @@ class Inspection:
         return {**asdict(self), "path": str(self.path), "is_exact": self.is_exact}
 
 
-def identify(checkpoint: Checkpoint, settings: Mapping[str, Any], kind: Kind | None = None, origin: str = "") -> Family:
+def identify(checkpoint: Checkpoint, settings: Mapping[str, Any], kind: Kind | None = None) -> Family:
     """What an opened checkpoint is: by its tensors, the config.json beside it, and `settings`, which win.
-
-    Args:
-        origin: the name to read hints from; the checkpoint's own path if empty.
 
     Raises:
         ValueError: in one line, naming the checkpoint, if it is no model of ours or contradicts its config.
@@ -88,7 +85,7 @@ def identify(checkpoint: Checkpoint, settings: Mapping[str, Any], kind: Kind | N
     known = {**own, **settings}
     try:
         _refuse_endless(known, len(checkpoint.tensors))
-        return recognise(checkpoint.tensors, file_name=origin or str(checkpoint.path), settings=known, kind=kind)
+        return recognise(checkpoint.tensors, file_name=str(checkpoint.path), settings=known, kind=kind)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
     except (TypeError, ArithmeticError, LookupError) as error:
@@ -118,7 +115,9 @@ def refuse_inexact(checkpoint: Checkpoint, family: Family, plan: Plan) -> None:
     if plan.missing:
         faults.append(f"{len(plan.missing)} tensors are missing ({_some(plan.missing)})")
     if plan.misshaped:
-        shapes = [f"{name} {_shape(found)}, not {_shape(wanted)}" for name, found, wanted in plan.misshaped]
+        shapes = [
+            f"{name} {readable_shape(found)}, not {readable_shape(wanted)}" for name, found, wanted in plan.misshaped
+        ]
         faults.append(f"{len(plan.misshaped)} are of another shape ({_some(shapes)})")
     if plan.unexpected:
         faults.append(f"{len(plan.unexpected)} are unexpected ({_some(plan.unexpected)})")
@@ -130,7 +129,8 @@ def _some(names: tuple[str, ...] | list[str]) -> str:
     return ", ".join(names[:_NAMED]) + (", .." if len(names) > _NAMED else "")
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def readable_shape(shape: tuple[int, ...]) -> str:
+    """A shape as people write it: 64x4x1x1."""
     return "x".join("any" if size < 0 else str(size) for size in shape) or "a number"
 
 

@@ -159,7 +159,13 @@ def plan_conversion(family: Family, tensors: Mapping[str, TensorInfo], to: Layou
     dropped = [name for name in found if name not in source and table.is_dropped(name)]
     known = {*source, *aside, *dropped}
     companion = COMPANIONS.get(family.kind) if family.layout == "original" else None
-    elsewhere = [n for n in found if companion and n not in known and companion.names("original").fullmatch(n)]
+    # What both tables name is this model's: unwanted, it is unexpected, and not the other one's.
+    own = table.names("original")
+    elsewhere = [
+        name
+        for name in found
+        if companion and name not in known and companion.names("original").fullmatch(name) and not own.fullmatch(name)
+    ]
     known.update(elsewhere)
 
     if to == family.layout:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sana_sprint.checkpoints.rules import TensorInfo
+from sana_sprint.checkpoints.rules import Kind, TensorInfo
 from sana_sprint.checkpoints.safetensors_file import SafetensorsFile
 from sana_sprint.checkpoints.torch_file import TorchFile
 
@@ -17,10 +17,15 @@ from sana_sprint.checkpoints.torch_file import TorchFile
 ASIDE_FILE = "original_extras.safetensors"
 CONFIG_FILE = "config.json"
 PIPELINE_FILE = "model_index.json"
-COMPONENTS = ("transformer", "vae", "controlnet")
+# How weights are called in diffusers' layout, before the ending, and the number of a shard or the name of a variant.
+WEIGHTS_NAME = "diffusion_pytorch_model"
+# Subfolders of a pipeline.
+COMPONENTS: dict[Kind, str] = {"transformer": "transformer", "autoencoder": "vae", "controlnet": "controlnet"}
 
 _INDEX_ENDING = ".safetensors.index.json"
 _ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+# Of several variants in one folder, what from_pretrained of diffusers and transformers loads by default.
+_PLAIN_NAMES = {name + ending for name in (WEIGHTS_NAME, "model") for ending in (".safetensors", _INDEX_ENDING)}
 
 # A mapped file counts towards this process's memory as far as it was read; it is mapped afresh after so much.
 _REMAP_BYTES = 2**25
@@ -46,6 +51,11 @@ class Checkpoint:
         self._files = files
         self._bytes_read = 0
         self.tensors: dict[str, TensorInfo] = {key: info for file in files for key, info in file.tensors.items()}
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that the tensors are in."""
+        return [file.path for file in self._files]
 
     def read(self, key: str) -> torch.Tensor:
         """The tensor of this name, as it is in the file; to be used and let go, and not to be written to."""
@@ -80,7 +90,8 @@ def open_checkpoint(
 
     Args:
         path: a file of torch.save or in the safetensors format, the index of one in several files, or a folder with
-            one of these; of a pipeline's folder, `component`.
+            one of these; of a pipeline's folder, `component`. What lies beside a file or index named as diffusers
+            names them, belongs to it as if the folder had been named.
         ema: the averaged weights of a training snapshot.
         component: subfolder of a pipeline's folder; None for its transformer.
 
@@ -91,19 +102,19 @@ def open_checkpoint(
     place = Path(path).expanduser()
     if not place.exists():
         raise FileNotFoundError(f"there is no file or folder {place}")
-    config = None
+    folder: Path | None
     if place.is_dir():
-        place = _component_folder(place, component)
-        config = _read_config(place)
+        folder = place = _component_folder(place, component)
         weights = _weights_in(place)
     else:
+        folder = place.parent if place.name.startswith(WEIGHTS_NAME) else None
         weights = place
+    config = _read_config(folder) if folder else None
     files = _open_weights(weights, ema)
     if ema and not any(isinstance(file, TorchFile) for file in files):
         raise ValueError(f"{weights} holds no averaged weights: only training snapshots of torch.save do")
-    aside = place / ASIDE_FILE
-    if place.is_dir() and aside.is_file():
-        files.append(_open_file(aside, ema=False))
+    if folder and (folder / ASIDE_FILE).is_file():
+        files.append(_open_file(folder / ASIDE_FILE, ema=False))
     _refuse_doubles(files)
     if not any(file.tensors for file in files):
         raise ValueError(f"{weights} is empty: it holds no tensors")
@@ -116,11 +127,11 @@ def open_checkpoint(
 
 def component_folders(folder: Path) -> list[str]:
     """Which components of a pipeline's folder hold models that this package converts."""
-    return [name for name in COMPONENTS if (folder / name / CONFIG_FILE).is_file()]
+    return [name for name in COMPONENTS.values() if (folder / name / CONFIG_FILE).is_file()]
 
 
 def _component_folder(folder: Path, component: str | None) -> Path:
-    name = component or COMPONENTS[0]
+    name = component or COMPONENTS["transformer"]
     if (folder / name / CONFIG_FILE).is_file():
         return folder / name
     if (folder / PIPELINE_FILE).is_file():
@@ -151,6 +162,8 @@ def _weights_in(folder: Path) -> Path:
     found = indices or [name for name in names if name.endswith(_ENDINGS)]
     if not found:
         raise ValueError(f"{folder} holds no weights: no file ends in {', '.join((*_ENDINGS, _INDEX_ENDING))}")
+    if len(found) > 1:
+        found = [name for name in found if name in _PLAIN_NAMES] or found
     if len(found) > 1:
         raise ValueError(f"{folder} holds several checkpoints, name one of them: {', '.join(found[:6])}")
     return folder / found[0]

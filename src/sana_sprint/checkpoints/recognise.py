@@ -48,6 +48,7 @@ HALLMARKS = {
     "controlnet": re.compile(r"(controlnet|transformer_blocks)\.\d+\.(copied_block\.mlp\.depth_conv|ff\.conv_depth)\."),
     "autoencoder": re.compile(r"(stages|down_blocks|up_blocks)\.\d+\."),
 }
+HUB_SNAPSHOT = re.compile(r"/snapshots/[0-9a-f]{40}\b")
 FLOW_SHIFT, FLOW_SHIFT_4K = 3.0, 6.0
 
 
@@ -176,7 +177,8 @@ def recognise(
 
     Args:
         tensors: names, shapes and dtypes of everything in the file.
-        file_name: for what tensors cannot tell ("…_teacher", "…_4Kpx", "…-in-1.0"); its last three parts are read.
+        file_name: for what tensors cannot tell ("…_teacher", "…_4Kpx", "…-in-1.0"); its last three parts are read,
+            without those that the hub's cache puts between a repository's name and a file's.
         settings: entries of the config that are known already, from the user or a config.json (whose entries that
             begin with an underscore are passed over). They win, and are not ambiguous.
         kind: what the caller wants; "transformer" finds the frozen base in a ControlNet's original file.
@@ -197,7 +199,7 @@ def recognise(
 
     given = {name: value for name, value in (settings or {}).items() if not name.startswith("_")}
     shapes, extras = _shapes(tensors, reading)
-    hint = "/".join(PurePath(file_name).parts[-3:])
+    hint = "/".join(PurePath(HUB_SNAPSHOT.sub("", file_name)).parts[-3:])
     scheduler: Literal["scm", "flow"] | None = None
     flow_shift = None
     if reading.kind == "autoencoder":

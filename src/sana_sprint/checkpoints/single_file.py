@@ -1,5 +1,6 @@
 """A checkpoint in one file, of either layout, to a model of ours: what `from_single_file` does."""
 
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,8 +11,10 @@ import torch
 
 from sana_sprint.checkpoints.hub import find_source
 from sana_sprint.checkpoints.inspect import CLASSES, identify, plan_for, refuse_inexact
-from sana_sprint.checkpoints.reader import Checkpoint, open_checkpoint
+from sana_sprint.checkpoints.reader import COMPONENTS, Checkpoint, open_checkpoint
 from sana_sprint.checkpoints.rules import Kind, TensorInfo
+
+logger = logging.getLogger(__name__)
 
 
 class _InMemory(Checkpoint):
@@ -20,6 +23,8 @@ class _InMemory(Checkpoint):
     def __init__(self, state_dict: Mapping[str, Any]) -> None:
         super().__init__(Path("the state dict"), [], None)
         self._tensors = state_dict.get("state_dict", state_dict)
+        if strange := [key for key, value in self._tensors.items() if not isinstance(value, torch.Tensor)]:
+            raise ValueError(f"{self.path} holds something else than tensors: {strange[0]!r}")
         self.tensors = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self._tensors.items()}
 
     def read(self, key: str) -> torch.Tensor:
@@ -57,7 +62,8 @@ def load_single_file(
 ) -> Any:
     """A model with the weights of a file in the original layout, or in diffusers'.
 
-    What the tensors show, `config` and `settings` need not say. The weights never lie in memory twice.
+    What the tensors show, `config` and `settings` need not say; what is guessed is warned of. The weights never lie
+    in memory twice.
 
     Args:
         cls: the class of the model.
@@ -96,8 +102,7 @@ def load_single_file(
             checkpoint: Checkpoint = _InMemory(source)
         else:
             path = find_source(os.fspath(source), revision=revision, force_download=force_download, **hub)
-            component = {"autoencoder": "vae"}.get(_kind_of(cls))
-            checkpoint = stack.enter_context(open_checkpoint(path, component=component))
+            checkpoint = stack.enter_context(open_checkpoint(path, component=COMPONENTS[_kind_of(cls)]))
         return _load(cls, checkpoint, settings, dtype or torch_dtype or torch.get_default_dtype(), device or "cpu")
 
 
@@ -109,6 +114,9 @@ def _load(
     family = identify(checkpoint, settings, kind=_kind_of(cls))
     plan = plan_for(checkpoint, family, "diffusers")
     refuse_inexact(checkpoint, family, plan)
+    checkpoint.check_data()
+    for doubt in family.ambiguous:
+        logger.warning("%s: %s", checkpoint.path, doubt)
     with init_empty_weights():  # buffers that no file holds are computed all the same
         model = cls.from_config(family.config)
     state = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from sana_sprint.checkpoints.reader import CONFIG_FILE, PIPELINE_FILE
+from sana_sprint.checkpoints.writer import ORIGINAL_ENDINGS
 
 _LOCK, _REPLACED = "lock", "replaced"
 
@@ -28,7 +29,7 @@ def staged(output: Path, *, force: bool = False, num_bytes: int = 0) -> Iterator
         ValueError: if `output` exists and may not be replaced, or another run is writing to it.
         OSError: if there is no room, or what else the system refuses.
     """
-    output = output.absolute()
+    output = output.expanduser().absolute()
     made = _make_parents(output)
     stage = output.with_name(f".{output.name}.partial")
     try:
@@ -53,8 +54,12 @@ def _check_destination(output: Path, force: bool) -> None:
         return
     if not force:
         raise ValueError(f"{output} exists already; --force replaces it")
+    if not output.is_dir():
+        if output.suffix not in ORIGINAL_ENDINGS:
+            raise ValueError(f"{output} is no checkpoint and no folder, and --force does not replace it")
+        return
     is_checkpoint = (output / CONFIG_FILE).is_file() or (output / PIPELINE_FILE).is_file()
-    if output.is_dir() and not is_checkpoint and any(output.iterdir()):
+    if not is_checkpoint and any(output.iterdir()):
         raise ValueError(f"{output} is a folder of something else, which --force does not replace: no {CONFIG_FILE}")
 
 

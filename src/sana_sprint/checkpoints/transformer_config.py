@@ -29,7 +29,7 @@ SAMPLE_SIZES = {"512": 16, "1024": 32, "2k": 64, "2048": 64, "4k": 128, "4096": 
 PIXELS_PER_CELL = 32
 CHANNELS, CAPTION_CHANNELS = 32, 2304
 TEACHER_TIMESTEP_SCALE = 0.001
-PLACEMENT = "residual_placement"
+PLACEMENT, PLACEMENTS = "residual_placement", ("before", "after")
 
 
 def _channels(shapes: Shapes, prior: list[int]) -> tuple[int, int]:
@@ -52,9 +52,10 @@ def _sample_size(positions: tuple[int, ...], patch: int, name: str) -> tuple[int
 
 def _timestep_scale(width: int, depth: int, name: str) -> tuple[float, list[Ambiguity]]:
     """Of a model with normalised queries and keys but no guidance: a teacher of Sprint, or SANA 1.5."""
-    if "teacher" in name.lower():
+    hint = hint_in(r"teacher|sana_?1[._]5", name)
+    if hint == "teacher":
         return TEACHER_TIMESTEP_SCALE, []
-    if (width, depth) == (2240, 60) or hint_in(r"sana_?1[._]5", name):
+    if hint or (width, depth) == (2240, 60):
         return 1.0, []
     # Of this kind only the teacher is published at 0.6B.
     chosen, other = (TEACHER_TIMESTEP_SCALE, 1.0) if width == 1152 else (1.0, TEACHER_TIMESTEP_SCALE)
@@ -154,6 +155,8 @@ def controlnet_config(
     config, doubts = transformer_config(shapes, extras, name, own)
     # NVlabs trains with residuals before a block; diffusers runs the same weights with residuals after it.
     placement = given.get(PLACEMENT, "before" if is_original else "after")
+    if placement not in PLACEMENTS:
+        raise ValueError(f"{PLACEMENT} must be {' or '.join(PLACEMENTS)}, got {placement!r}")
     if PLACEMENT not in given and not is_original:
         doubts.append(Ambiguity(PLACEMENT, "after", ("before",), "run as diffusers does, or as NVlabs trained it"))
     return {**config, PLACEMENT: placement}, doubts

@@ -11,11 +11,10 @@ import torch
 
 from sana_sprint.checkpoints.entries import Entry
 from sana_sprint.checkpoints.plan import Move
-from sana_sprint.checkpoints.reader import ASIDE_FILE, CONFIG_FILE, Checkpoint
+from sana_sprint.checkpoints.reader import ASIDE_FILE, CONFIG_FILE, WEIGHTS_NAME, Checkpoint
 from sana_sprint.checkpoints.safetensors_file import write_safetensors
 from sana_sprint.checkpoints.torch_file import write_torch
 
-WEIGHTS_NAME = "diffusion_pytorch_model"
 TORCH_ENDINGS = (".pth", ".pt", ".ckpt")
 ORIGINAL_ENDINGS = (*TORCH_ENDINGS, ".safetensors")
 

@@ -3,7 +3,10 @@
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +30,16 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def byte_count(text: str) -> int:
     """Bytes from "5GB", "500MB" or "2GiB"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.upper())
-    if found is None or found[2] not in _UNITS or not float(found[1]):
+    size = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
+    if not size:
         raise argparse.ArgumentTypeError(f"wanted a size such as 5GB or 500MB, got {text!r}")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return size
 
 
 def setting(text: str) -> tuple[str, Any]:
     """Name and value from "sample_size=16"; a value that is no JSON is text."""
     name, sign, value = text.partition("=")
-    if not sign or not name.isidentifier():
+    if not sign or not name.isidentifier() or name.startswith("_"):
         raise argparse.ArgumentTypeError(f"wanted NAME=VALUE, such as sample_size=16, got {text!r}")
     try:
         return name, json.loads(value)
@@ -136,7 +140,20 @@ def describe_report(report: "Report", layout: str) -> list[str]:
     for names, reason in ((source.dropped, "can be recomputed"), (source.elsewhere, "belong to another model")):
         if names:
             lines.append(f"left out, {reason}: {len(names)} tensors, {names[0]} first")
-    return lines + [f"note: {line}" for line in describe_doubts(source.doubts)]
+    lines += [f"note: {line}" for line in describe_doubts(source.doubts)]
+    if report.vae:
+        lines += [f"note on the vae, {doubt}, in a conversion of its own" for doubt in report.vae.doubts]
+    return lines
+
+
+@contextmanager
+def _tidy_when_terminated() -> Iterator[None]:
+    """Inside, a plain `kill` unwinds the program as an error does, so that what is half written is cleared away."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -154,7 +171,8 @@ def run(options: argparse.Namespace) -> None:
             return bars[0].update
 
         try:
-            report = convert(job, progress=start)
+            with _tidy_when_terminated():
+                report = convert(job, progress=start)
         finally:
             for bar in bars:
                 bar.close()

@@ -19,12 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join("any" if size < 0 else str(size) for size in shape) or "a number"
-
-
 def describe(inspection: "Inspection") -> list[str]:
     """One model, in lines."""
+    from sana_sprint.checkpoints.inspect import readable_shape
+
     dtypes = ", ".join(inspection.dtypes)
     loaded = [f"{readable_bytes(inspection.num_parameters * n)} in {name}" for name, n in (("bf16", 2), ("fp32", 4))]
     prefix = f", every name behind {inspection.prefix}" if inspection.prefix else ""
@@ -45,7 +43,7 @@ def describe(inspection: "Inspection") -> list[str]:
     lines += [f"  missing: {name}" for name in inspection.missing]
     lines += [f"  unexpected: {name}" for name in inspection.unexpected]
     lines += [
-        f"  mis-shaped: {name} is {_shape(found)}, wanted {_shape(wanted)}"
+        f"  mis-shaped: {name} is {readable_shape(found)}, wanted {readable_shape(wanted)}"
         for name, found, wanted in inspection.misshaped
     ]
     if inspection.is_exact:
