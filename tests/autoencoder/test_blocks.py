@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sana_sprint.autoencoder import blocks
 from sana_sprint.autoencoder.blocks import (
     EfficientViTBlock,
     MultiscaleLinearAttention,
@@ -10,6 +11,7 @@ from sana_sprint.autoencoder.blocks import (
     activation,
     make_block,
 )
+from sana_sprint.layers.attention import linear_attention
 
 
 @pytest.mark.parametrize("kind", [ResBlock, EfficientViTBlock])
@@ -53,3 +55,23 @@ def test_unknown_names_are_refused_with_the_known_ones():
         activation("selu")
     with pytest.raises(ValueError, match='"ResBlock" or "EfficientViTBlock", got \'ConvBlock\''):
         make_block("ConvBlock", 8, 8, "rms_norm", "silu", ())
+
+
+@torch.no_grad()
+def test_heads_may_attend_one_after_the_other(draw, monkeypatch):
+    attention = MultiscaleLinearAttention(32, head_dim=8, kernel_sizes=(5, 3), norm_type="rms_norm")
+    x = draw(2, 32, 5, 7)
+    expected = attention(x)
+    seen: list[int] = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        seen.append(query.shape[2])
+        return linear_attention(query, key, value)
+
+    monkeypatch.setattr(blocks, "linear_attention", attend)
+    for most, heads in ((1, [1] * 12), (3 * 2 * 35 * 3 * 8, [3, 1] * 3)):  # two pictures of 35 pixels, three scales
+        monkeypatch.setattr(blocks, "MAX_NUMBERS_AT_ONCE", most)
+        # float32: batches of fewer matrices.
+        torch.testing.assert_close(attention(x), expected, atol=1e-6, rtol=1e-5)
+        assert seen == heads
+        seen.clear()

@@ -12,6 +12,9 @@ from sana_sprint.layers.attention import linear_attention
 from sana_sprint.layers.feed_forward import GLUMBConv
 from sana_sprint.layers.norms import channel_norm
 
+# Of what heads are made of that attend at once: 64 MiB in the float32 that attention computes in.
+MAX_NUMBERS_AT_ONCE = 2**24
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "relu6": nn.ReLU6, "gelu": nn.GELU}
 
 
@@ -70,13 +73,18 @@ class MultiscaleLinearAttention(nn.Module):
         self.to_out = nn.Linear(inner_dim * (1 + len(kernel_sizes)), channels, bias=False)
         self.norm_out = channel_norm(norm_type, channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        height, width = x.shape[-2:]
+    def attended_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """What the heads read from (B, C, H, W): (B, N, heads, d), those of the larger kernels last."""
         pixels = x.movedim(1, -1)  # B H W C
         thirds = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1)  # B H W 3D
         scales = [thirds, *(scale(thirds.movedim(-1, 1)).movedim(1, -1) for scale in self.to_qkv_multiscale)]
-        heads = torch.cat(scales, dim=-1).flatten(1, 2).unflatten(-1, (-1, 3, self.head_dim))  # B N heads 3 d
-        attended = linear_attention(*heads.unbind(3)).flatten(2).unflatten(1, (height, width))
+        heads = [scale.flatten(1, 2).unflatten(-1, (-1, 3, self.head_dim)) for scale in scales]  # B N heads 3 d
+        at_once = max(MAX_NUMBERS_AT_ONCE // heads[0][:, :, 0].numel(), 1)
+        parts = [part for some in heads for part in some.split(at_once, dim=2)]
+        return torch.cat([linear_attention(*part.unbind(3)) for part in parts], dim=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attended = self.attended_heads(x).flatten(2).unflatten(1, x.shape[-2:])  # B H W D'
         return x + self.norm_out(self.to_out(attended).movedim(-1, 1))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from sana_sprint.autoencoder.blocks import activation, make_block
 from sana_sprint.autoencoder.resample import DCDownBlock2d, DCUpBlock2d, average_channels, repeat_channels
+from sana_sprint.autoencoder.strips import apply_in_strips
 from sana_sprint.layers.norms import ChannelRMSNorm
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class Stage:
 
 
 class Coder(nn.Module):
-    """What encoder and decoder share: how they run a stage."""
+    """What encoder and decoder share: how they run their stages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,6 +55,12 @@ class Coder(nn.Module):
         for block in stage.children():
             x = self._gradient_checkpointing_func(block, x)
         return x
+
+    def can_stream(self, x: torch.Tensor) -> bool:
+        """Whether strips give what the whole would: nothing is to be differentiated, no graph is being compiled."""
+        if torch.compiler.is_compiling():
+            return False  # every strip would be a copy of the network in the graph
+        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *self.parameters()))
 
 
 class Encoder(Coder):
@@ -83,10 +90,16 @@ class Encoder(Coder):
             self.down_blocks.append(nn.Sequential(*blocks))
         self.conv_out = nn.Conv2d(stages[-1].channels, latent_channels, kernel_size=3, padding=1)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = self.conv_in(pixels.contiguous(memory_format=torch.channels_last))
-        for stage in self.down_blocks:
-            x = self.run_stage(stage, x)
+    def forward(self, pixels: torch.Tensor, strip_rows: int | None = None) -> torch.Tensor:
+        """Pixels to latents; with `strip_rows` the local layers work on strips of so many rows where they can."""
+        x = pixels.contiguous(memory_format=torch.channels_last)
+        if strip_rows is not None and self.can_stream(x):
+            blocks = [block for stage in self.down_blocks for block in stage.children()]
+            x = apply_in_strips([self.conv_in, *blocks], x, strip_rows)
+        else:
+            x = self.conv_in(x)
+            for stage in self.down_blocks:
+                x = self.run_stage(stage, x)
         latents = self.conv_out(x)
         if self.out_shortcut:
             # With a device map the projection may live on another device than the last block.
@@ -125,12 +138,16 @@ class Decoder(Coder):
         else:
             self.conv_out = DCUpBlock2d(channels, out_channels, interpolate, shortcut=False)
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, strip_rows: int | None = None) -> torch.Tensor:
+        """Latents to pixels; with `strip_rows` the local layers work on strips of so many rows where they can."""
         latents = latents.contiguous(memory_format=torch.channels_last)
         x = self.conv_in(latents)
         if self.in_shortcut:
             # With a device map the decoder may live on another device than the caller's latents.
             x = x + repeat_channels(latents, x.shape[1]).to(x.device)
+        if strip_rows is not None and self.can_stream(latents):
+            blocks = [block for stage in reversed(self.up_blocks) for block in stage.children()]
+            return apply_in_strips([*blocks, self.norm_out, self.conv_act, self.conv_out], x, strip_rows)
         for stage in reversed(self.up_blocks):
             x = self.run_stage(stage, x)
         return self.conv_out(self.conv_act(self.norm_out(x)))
