@@ -21,6 +21,18 @@ def score_table(evaluation: dict) -> str:
     return f"| {titles} |\n|{' --- |' * len(scores)}\n| {values} |"
 
 
+def _origin(record: dict) -> str:
+    start = record["started_from"]
+    if start is None:
+        return ""
+    steps = start["recipe"]["flow"]["optimiser"]["steps"]
+    return f"""
+
+CHECKPOINT is an earlier one of this recipe, made by `{start["command"]}` in {steps:,} flow steps. Its autoencoder is
+the one here, and its transformer is where this one's training began; its record is `started_from` in
+`training.json`."""
+
+
 def model_card(record: dict, evaluation: dict) -> str:
     """What the checkpoint is, how it was made, and how well it draws."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -39,7 +51,7 @@ Apache-2.0. It knows circles, squares, triangles, stars and crosses, eight colou
 three, and left of, right of, above and below.
 
 Made by `{record["command"]}`, with {versions}. Seeds: {", ".join(f"{name} {seed}" for name, seed in seeds.items())}.
-All settings, and the losses of every stage, are in `training.json`.
+All settings, and the losses of every stage, are in `training.json`.{_origin(record)}
 
 The autoencoder reconstructs training pictures at {record["reconstruction_decibels"]} dB. Share of
 {evaluation["num_captions"]} held-out captions that the judge finds drawn, at {evaluation["steps"]} steps and guidance

@@ -59,6 +59,8 @@ def test_the_assembled_folder_draws_in_our_pipeline_and_loads_in_diffusers(train
 
 def test_the_assembled_folder_records_how_it_was_made(trained):
     record = json.loads((trained / "checkpoint" / "training.json").read_text())
+    configs = [(trained / "checkpoint" / name / "config.json").read_text() for name in ("transformer", "vae")]
+    assert not any(str(trained) in config for config in configs)
     assert record["recipe"]["flow"]["optimiser"]["seed"] == RECIPE.flow.optimiser.seed
     assert record["versions"]["torch"] == torch.__version__
     assert {stage: losses[-1]["step"] for stage, losses in record["losses"].items()} == dict.fromkeys(STAGES[:-1], 2)

@@ -35,7 +35,7 @@ class FlowSettings:
     caption_dropout: float = 0.1
     # Mean of the normal whose logistic the times are: above 0 for more noise, where captions matter most.
     time_mean: float = 0.9
-    guidance_range: tuple[float, float] = (1.0, 6.0)
+    guidance_range: tuple[float, float] = (1.0, 5.0)
     compile: bool = True
 
 

@@ -44,6 +44,7 @@ _RECORD = "training.json"
 _TEXT_WIDTH = 128
 _LATENT_CHANNELS = 16
 _STAGE_WIDTHS = (32, 48, 96, 128)
+_FLOW_SHIFT = 3.0
 
 
 def _autoencoder_settings() -> AutoencoderSettings:
@@ -106,9 +107,9 @@ def _flow_settings() -> FlowSettings:
     }
     return FlowSettings(
         config=config,
-        optimiser=OptimiserSettings(steps=8800, batch_size=64, learning_rate=1e-3, warmup_steps=300, seed=13),
+        optimiser=OptimiserSettings(steps=7200, batch_size=64, learning_rate=1e-3, warmup_steps=300, seed=13),
         guidance_optimiser=OptimiserSettings(
-            steps=1000,
+            steps=700,
             batch_size=64,
             learning_rate=3e-4,
             matrix_learning_rate=6e-4,
@@ -241,7 +242,10 @@ class ShapesTraining:
         text_encoder = Gemma2Model.from_pretrained(self._result("language", "text_encoder"), dtype=torch.bfloat16)
         text_encoder.save_pretrained(partial / "text_encoder")
         GemmaTokenizer.from_pretrained(self._result("language", "tokenizer")).save_pretrained(partial / "tokenizer")
-        FlowMatchEulerDiscreteScheduler().save_pretrained(partial / "scheduler")
+        # More of the steps at high noise, where the layout is decided (Esser et al., 2024).
+        FlowMatchEulerDiscreteScheduler(shift=_FLOW_SHIFT).save_pretrained(partial / "scheduler")
+        for component in ("transformer", "vae"):
+            _forget_origin(partial / component / "config.json")
         _write_json(partial / "model_index.json", _model_index())
         _write_json(partial / _RECORD, self._record())
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -300,6 +304,12 @@ class ShapesTraining:
         if not path.is_dir():
             raise ValueError(f"stage {stage!r} has left no result in {path}: run it first")
         return path
+
+
+def _forget_origin(config: Path) -> None:
+    """Take out where the weights were loaded from, which is of this machine alone."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    _write_json(config, {name: value for name, value in content.items() if name != "_name_or_path"})
 
 
 def _model_index() -> dict[str, Any]:
