@@ -25,6 +25,7 @@ RANKS = {
     "shapes": 1,
     "checkpoints": 2,
     "evaluation": 2,
+    "quantisation": 2,
     "pipelines": 3,
     "training": 3,
     "memory": 4,

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # diffusers imports bitsandbytes, so this comes before diffusers.
+    import_module("sana_sprint.plugin").silence_notices()
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value  # the next use does not come through here
     return value

@@ -34,10 +34,30 @@ CLASSES = {
 
 AUTO_PIPELINE_KEY = "sana-sprint"
 
+# diffusers' names of what we quantise our models with, and the classes of `sana_sprint.quantisation.quantisers`.
+QUANTISERS = {"bitsandbytes_8bit": "Quantiser8bit", "bitsandbytes_4bit": "Quantiser4bit"}
+
 # diffusers recognises what it may load by base classes that it looks up beside the component's own class.
 _BASE_CLASSES = ("ModelMixin", "SchedulerMixin")
 
+# What bitsandbytes logs as warnings without anything being wrong, by its loggers: that a package is missing which it
+# does not need, once; and that products in int8 start from float16, at every product of an 8-bit model.
+_NOTICES = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+}
+
 _lock = threading.RLock()
+
+
+def _is_no_notice(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(tuple(_NOTICES.values()))
+
+
+def silence_notices() -> None:
+    """Keep two messages of bitsandbytes off the screen, and nothing else. To call it again does nothing."""
+    for name in _NOTICES:
+        logging.getLogger(name).addFilter(_is_no_notice)
 
 
 def __getattr__(name: str) -> Any:
@@ -127,6 +147,47 @@ class PublishedPipeline:
         if kwargs.get("dtype") is _UNCHANGED:
             return self
         return super().to(*args, **kwargs)  # type: ignore[misc]
+
+
+class QuantisedModel:
+    """Mixin, ahead of diffusers' ModelMixin, whose loader knows no quantisers but diffusers'."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Any:
+        """A model from a folder, or from a repository of the hub.
+
+        Args:
+            pretrained_model_name_or_path: The folder, or the repository as "owner/name".
+            **kwargs: As for diffusers' `ModelMixin.from_pretrained`. With a `quantization_config` of bitsandbytes, or
+                of a folder that has one, `sana_sprint.quantisation.quantisers` says what is quantised.
+        """
+        with _our_quantisers():
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _our_quantisers() -> Iterator[None]:
+    """Inside, diffusers quantises with ours what this thread loads; for other threads nothing changes."""
+    table = import_module("diffusers.quantizers.auto").AUTO_QUANTIZER_MAPPING
+    thread = threading.get_ident()
+
+    def chooser(method: str, theirs: Any) -> Any:
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return theirs(*args, **kwargs)
+            # Looked up late, like all above this module; and bitsandbytes takes seconds to import.
+            quantisers = import_module("sana_sprint.quantisation.quantisers")
+            return getattr(quantisers, QUANTISERS[method])(*args, **kwargs)
+
+        return choose
+
+    with _lock:
+        theirs = {method: table[method] for method in QUANTISERS}
+        table.update({method: chooser(method, quantiser) for method, quantiser in theirs.items()})
+        try:
+            yield
+        finally:
+            table.update(theirs)
 
 
 class SingleFileModel:

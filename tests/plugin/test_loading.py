@@ -17,6 +17,8 @@ from sana_sprint import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DMode
 
 OURS = {"transformer": SanaTransformer2DModel, "vae": AutoencoderDC, "scheduler": SCMScheduler}
 THEIRS = {"transformer": TheirTransformer, "vae": TheirAutoencoder, "scheduler": TheirScheduler}
+# Of pictures in [0, 1]. Weights that were loaded may lie at other addresses, where some kernels sum in another order.
+LOADED = 1e-5
 CALL = {
     "prompt": "a red circle",
     "height": 64,
@@ -90,10 +92,10 @@ def test_a_folder_of_ours_is_the_folder_diffusers_saves(folder, published):
 
 def test_a_folder_of_ours_draws_the_same_in_diffusers_and_of_diffusers_in_ours(folder, published, tiny_pipeline_parts):
     original = draw(SanaSprintPipeline(**tiny_pipeline_parts))
-    assert_close(draw(SanaSprintPipeline.from_pretrained(folder)), original, atol=0, rtol=0)
-    assert_close(draw(SanaSprintPipeline.from_pretrained(published)), original, atol=0, rtol=0)
+    assert_close(draw(SanaSprintPipeline.from_pretrained(folder)), original, atol=LOADED, rtol=0)
+    assert_close(draw(SanaSprintPipeline.from_pretrained(published)), original, atol=LOADED, rtol=0)
     theirs = draw(TheirPipeline.from_pretrained(folder))
-    assert_close(draw(TheirPipeline.from_pretrained(published)), theirs, atol=0, rtol=0)
+    assert_close(draw(TheirPipeline.from_pretrained(published)), theirs, atol=LOADED, rtol=0)
     assert_close(theirs, original, atol=1e-4, rtol=0)  # values in [0, 1]; two implementations in float32
 
 
@@ -151,14 +153,14 @@ def test_a_variant_is_saved_and_loaded(tmp_path, tiny_pipeline_parts):
     with pytest.raises(OSError, match="no file named"):
         SanaSprintPipeline.from_pretrained(tmp_path)
     pipe = SanaSprintPipeline.from_pretrained(tmp_path, variant="fp16")
-    assert_close(draw(pipe), draw(SanaSprintPipeline(**tiny_pipeline_parts)), atol=0, rtol=0)
+    assert_close(draw(pipe), draw(SanaSprintPipeline(**tiny_pipeline_parts)), atol=LOADED, rtol=0)
 
 
 def test_shards_are_saved_and_loaded(tmp_path, tiny_pipeline_parts):
     SanaSprintPipeline(**tiny_pipeline_parts).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
     pipe = SanaSprintPipeline.from_pretrained(tmp_path)
-    assert_close(draw(pipe), draw(SanaSprintPipeline(**tiny_pipeline_parts)), atol=0, rtol=0)
+    assert_close(draw(pipe), draw(SanaSprintPipeline(**tiny_pipeline_parts)), atol=LOADED, rtol=0)
 
 
 def test_a_component_exchanged_after_loading_is_saved_under_diffusers_name(published, tmp_path):

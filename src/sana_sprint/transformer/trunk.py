@@ -14,7 +14,7 @@ from torch import nn
 from sana_sprint.layers.casting import QuietCastMixin
 from sana_sprint.layers.embeddings import CaptionProjection, PatchEmbed, TimeEmbedding, TimeGuidanceEmbedding
 from sana_sprint.layers.norms import RMSNorm
-from sana_sprint.plugin import SingleFileModel
+from sana_sprint.plugin import QuantisedModel, SingleFileModel
 from sana_sprint.transformer.block import BlockShape, SanaTransformerBlock
 
 
@@ -42,7 +42,15 @@ def attention_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tenso
     return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
 
 
-class SanaTrunk(QuietCastMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, SingleFileModel, FromOriginalModelMixin):
+class SanaTrunk(
+    QuantisedModel,
+    QuietCastMixin,
+    AttentionMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
+    SingleFileModel,
+    FromOriginalModelMixin,
+):
     """Embeddings and blocks; subclasses add what comes out. Inheritance adds no prefix to the state-dict keys."""
 
     def build_trunk(
