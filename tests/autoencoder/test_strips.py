@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from autoencoder_variants import VARIANTS
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,36 +17,6 @@ from sana_sprint.layers.feed_forward import GLUMBConv
 from sana_sprint.layers.norms import ChannelRMSNorm
 
 SAME: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}  # float32, the same sums by convolutions of other sizes
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "shuffling": {},
-    "sana": {"upsample_block_type": "interpolate", "downsample_block_type": "Conv"},
-    "lite": {
-        "downsample_block_type": "Conv",
-        "decoder_block_types": "ResBlock",
-        "decoder_layers_per_block": (0, 2, 1),
-        "decoder_conv_act_fn": "silu",
-    },
-    "in": {
-        "encoder_layers_per_block": (0, 2, 1),
-        "decoder_layers_per_block": (0, 1, 2),
-        "decoder_norm_types": ("batch_norm", "batch_norm", "rms_norm"),
-        "decoder_act_fns": ("relu", "relu", "silu"),
-    },
-    "zero_first_by_convolution": {
-        "upsample_block_type": "interpolate",
-        "downsample_block_type": "Conv",
-        "encoder_layers_per_block": (0, 1, 1),
-        "decoder_layers_per_block": (0, 1, 1),
-    },
-    "no_shortcuts": {"encoder_out_shortcut": False, "decoder_in_shortcut": False},
-    "only_residual_blocks": {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"},
-    "only_attention_blocks": {
-        "encoder_block_types": "EfficientViTBlock",
-        "decoder_block_types": "EfficientViTBlock",
-        "decoder_norm_types": "batch_norm",
-    },
-}
 
 
 def heights_seen(model: AutoencoderDC, kind: type[nn.Module]) -> list[int]:
@@ -140,7 +111,8 @@ def test_what_looks_at_the_whole_image_or_is_unknown_has_no_halo(layer):
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
 def test_a_picture_in_strips_of_any_height_is_the_whole_picture(make_autoencoder, draw, name):
-    model, latents, pictures = make_autoencoder(**VARIANTS[name]), draw(2, 4, 5, 3), draw(2, 3, 20, 12)
+    model = make_autoencoder(**VARIANTS[name])
+    latents, pictures = draw(2, 4, 5, 3), draw(2, model.config.in_channels, 20, 12)
     model.disable_strips()
     whole = model.decode(latents).sample, model.encode(pictures).latent
     for rows in range(1, 21):

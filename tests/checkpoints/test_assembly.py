@@ -8,32 +8,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from checkpoint_files import assert_equal, contents, names_in, run
 from safetensors.torch import save_file
 
 from sana_sprint.autoencoder.model import AutoencoderDC
-from sana_sprint.checkpoints.convert import Conversion, Report, convert
-from sana_sprint.checkpoints.reader import open_checkpoint
+from sana_sprint.checkpoints.convert import Report
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 PIPELINE_SETTINGS = {"attention_head_dim": 8, "cross_attention_head_dim": 8, "sample_size": 8}
-
-
-def run(source: Path, output: Path, **options: Any) -> Report:
-    return convert(Conversion(source=source, output=output, **options))
-
-
-def contents(path: Path) -> dict[str, torch.Tensor]:
-    with open_checkpoint(path) as checkpoint:
-        return {key: checkpoint.read(key).clone() for key in checkpoint.tensors}
-
-
-def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert all(found[key].dtype == wanted[key].dtype and torch.equal(found[key], wanted[key]) for key in wanted)
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from checkpoint_files import assert_equal, contents, names_in, run
 from safetensors.torch import load_file, save_file
 
 from sana_sprint.autoencoder.model import AutoencoderDC
-from sana_sprint.checkpoints.convert import Conversion, Report, convert
-from sana_sprint.checkpoints.reader import ASIDE_FILE, open_checkpoint
+from sana_sprint.checkpoints.convert import Conversion, convert
+from sana_sprint.checkpoints.reader import ASIDE_FILE
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 ASIDE = {"y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias"}
@@ -21,24 +22,6 @@ CLASSES = {
     "SanaTransformer2DModel": (SanaTransformer2DModel, diffusers.SanaTransformer2DModel),
     "AutoencoderDC": (AutoencoderDC, diffusers.AutoencoderDC),
 }
-
-
-def run(source: Path, output: Path, **options: Any) -> Report:
-    return convert(Conversion(source=source, output=output, **options))
-
-
-def contents(path: Path) -> dict[str, torch.Tensor]:
-    with open_checkpoint(path) as checkpoint:
-        return {key: checkpoint.read(key).clone() for key in checkpoint.tensors}
-
-
-def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert all(found[key].dtype == wanted[key].dtype and torch.equal(found[key], wanted[key]) for key in wanted)
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])

@@ -5,6 +5,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from autoencoder_variants import VARIANTS
 
 from sana_sprint.autoencoder.model import AutoencoderDC
 
@@ -25,50 +26,6 @@ BASE: dict[str, Any] = {
     "encoder_qkv_multiscales": ((), (), (5,)),
     "decoder_qkv_multiscales": ((), (), (5,)),
 }
-NO_SCALES: dict[str, Any] = {
-    "encoder_qkv_multiscales": ((), (), ()),
-    "decoder_qkv_multiscales": ((), (), ()),
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "shuffling": {},
-    "sana": {"upsample_block_type": "interpolate", "downsample_block_type": "Conv"},
-    "lite": {
-        "downsample_block_type": "Conv",
-        "decoder_block_types": "ResBlock",
-        "decoder_layers_per_block": (0, 2, 1),
-        "decoder_conv_act_fn": "silu",
-    },
-    "in": {
-        "encoder_layers_per_block": (0, 2, 1),
-        "decoder_layers_per_block": (0, 1, 2),
-        "decoder_norm_types": ("batch_norm", "batch_norm", "rms_norm"),
-        "decoder_act_fns": ("relu", "relu", "silu"),
-        **NO_SCALES,
-    },
-    "zero_first_by_convolution": {
-        "upsample_block_type": "interpolate",
-        "downsample_block_type": "Conv",
-        "encoder_layers_per_block": (0, 1, 1),
-        "decoder_layers_per_block": (0, 1, 1),
-    },
-    "no_shortcuts": {"encoder_out_shortcut": False, "decoder_in_shortcut": False},
-    "only_residual_blocks": {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"},
-    "only_attention_blocks": {
-        "encoder_block_types": "EfficientViTBlock",
-        "decoder_block_types": "EfficientViTBlock",
-        "decoder_norm_types": "batch_norm",
-        "encoder_qkv_multiscales": ((5,), (), (3, 5)),
-        "decoder_qkv_multiscales": ((), (3,), (5, 7)),
-    },
-    "other_activations": {"decoder_act_fns": "gelu", "decoder_conv_act_fn": "gelu"},
-    "unequal_halves": {
-        "encoder_block_out_channels": (8, 8, 16),
-        "decoder_block_out_channels": (16, 16, 64),
-        "decoder_layers_per_block": (2, 1, 2),
-    },
-    "width_no_multiple_of_the_head": {"attention_head_dim": 12},
-    "four_channels": {"in_channels": 4},
-}
 # Pixels: 2 x 2 and 2 x 4 latent cells, where upstream takes the quadratic form of attention, and 6 x 4, where not.
 SIZES = [(8, 8), (8, 16), (24, 16)]
 
@@ -83,10 +40,10 @@ def pair(paired):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
 def test_float32_latents_and_pictures_are_upstreams(pair, difference, name, size):
-    ours, theirs = pair(**CONFIGS[name])
+    ours, theirs = pair(**VARIANTS[name])
     pictures = draw(2, ours.config.in_channels, *size)
     latents = draw(2, 4, size[0] // 4, size[1] // 4, seed=2)
     assert difference(ours.encode(pictures).latent, theirs.encode(pictures).latent) < FLOAT32
@@ -102,7 +59,7 @@ def test_half_precision_is_as_close_to_float32_as_upstreams(paired, error, name,
     errors = torch.zeros(2, 2)  # encoder and decoder, ours and theirs
     for seed in range(3):
         # Wider heads than BASE's: of 8 features often none is positive, and then rounding decides on any value.
-        config = {**BASE, **CONFIGS[name], "attention_head_dim": 16}
+        config = {**BASE, **VARIANTS[name], "attention_head_dim": 16}
         models = paired(AutoencoderDC, diffusers.AutoencoderDC, config, seed)
         pictures, latents = draw(2, 3, *size, seed=seed), draw(2, 4, size[0] // 4, size[1] // 4, seed=seed + 10)
         exact = models[1].encode(pictures).latent, models[1].decode(latents).sample
@@ -115,7 +72,7 @@ def test_half_precision_is_as_close_to_float32_as_upstreams(paired, error, name,
 
 
 def test_gradients_are_upstreams(pair, difference):
-    ours, theirs = pair(**CONFIGS["sana"])
+    ours, theirs = pair(**VARIANTS["sana"])
     pictures = draw(2, 3, 16, 24)
     for model in (ours, theirs):
         model(pictures).sample.square().mean().backward()
@@ -126,7 +83,7 @@ def test_gradients_are_upstreams(pair, difference):
 
 
 def test_training_moves_the_running_statistics_as_upstream_does(pair):
-    ours, theirs = pair(**CONFIGS["in"])
+    ours, theirs = pair(**VARIANTS["in"])
     latents = draw(2, 4, 4, 4)
     for model in (ours, theirs):
         model.train().decode(latents)
@@ -138,7 +95,7 @@ def test_training_moves_the_running_statistics_as_upstream_does(pair):
 
 @torch.no_grad()
 def test_tiled_pictures_are_upstreams_where_tiles_do_not_overlap(pair, difference):
-    ours, theirs = pair(**CONFIGS["sana"])
+    ours, theirs = pair(**VARIANTS["sana"])
     latents = draw(1, 4, 10, 7)
     for model in (ours, theirs):
         model.enable_tiling(16, 16, 12, 12)  # 4 latent cells, 3 apart: tiles begin at 0, 3 and 6, one cell overlaps
@@ -150,7 +107,7 @@ def test_tiled_pictures_are_upstreams_where_tiles_do_not_overlap(pair, differenc
 
 @torch.no_grad()
 def test_sliced_pictures_are_upstreams(pair, difference):
-    ours, theirs = pair(**CONFIGS["sana"])
+    ours, theirs = pair(**VARIANTS["sana"])
     latents = draw(3, 4, 4, 4)
     for model in (ours, theirs):
         model.enable_slicing()
