@@ -18,6 +18,7 @@ RANKS = {
     "assets": 0,
     "layers": 0,
     "plugin": 0,
+    "sizes": 0,
     "text": 1,
     "transformer": 1,
     "trigflow": 1,

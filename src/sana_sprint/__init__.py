@@ -14,6 +14,7 @@ _HOMES = {
     "SanaSprintPipeline": "sana_sprint.pipelines.text_to_image",
     "SanaTransformer2DModel": "sana_sprint.transformer.model",
     "embedded_checkpoint": "sana_sprint.assets",
+    "load_pipeline": "sana_sprint.memory.loading",
     "register": "sana_sprint.plugin",
     "unregister": "sana_sprint.plugin",
 }
@@ -26,6 +27,7 @@ __all__ = [
     "SanaTransformer2DModel",
     "__version__",
     "embedded_checkpoint",
+    "load_pipeline",
     "register",
     "unregister",
 ]
@@ -33,6 +35,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sana_sprint.assets import embedded_checkpoint
     from sana_sprint.autoencoder.model import AutoencoderDC
+    from sana_sprint.memory.loading import load_pipeline
     from sana_sprint.pipelines.output import SanaPipelineOutput
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
     from sana_sprint.plugin import register, unregister

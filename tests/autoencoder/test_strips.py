@@ -6,8 +6,6 @@ import pytest
 import torch
 from autoencoder_variants import VARIANTS
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sana_sprint.autoencoder.blocks import EfficientViTBlock, MultiscaleLinearAttention, ResBlock
 from sana_sprint.autoencoder.model import AutoencoderDC
@@ -15,6 +13,7 @@ from sana_sprint.autoencoder.resample import DCDownBlock2d, DCUpBlock2d
 from sana_sprint.autoencoder.strips import apply_in_strips, halo_of, scale_of
 from sana_sprint.layers.feed_forward import GLUMBConv
 from sana_sprint.layers.norms import ChannelRMSNorm
+from sana_sprint.memory.tracker import PeakBytes
 
 SAME: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}  # float32, the same sums by convolutions of other sizes
 
@@ -26,25 +25,6 @@ def heights_seen(model: AutoencoderDC, kind: type[nn.Module]) -> list[int]:
         if isinstance(layer, kind):
             layer.register_forward_pre_hook(lambda _, arguments: heights.append(arguments[0].shape[2]))
     return heights
-
-
-class LiveBytes(TorchDispatchMode):
-    """Inside, the most bytes that results of operations take at a time, as `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return result
 
 
 # What each layer sees
@@ -207,7 +187,7 @@ def test_a_longer_picture_takes_no_more_memory_than_itself(make_autoencoder, dra
         peaks = []
         for height in (32, 128):
             latents = draw(1, 4, height, 8)
-            with LiveBytes() as memory:
+            with PeakBytes() as memory:
                 model.decode(latents)
             peaks.append(memory.peak)
         grown.append(peaks[1] - peaks[0])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sana_sprint import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel
-from sana_sprint.cli.convert import add_arguments, byte_count, choose_job, setting, settings_of
+from sana_sprint.cli.convert import add_arguments, choose_job, setting, settings_of
 from sana_sprint.cli.main import main
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -47,19 +47,6 @@ def checkpoint(model_folder, tmp_path) -> Path:
 
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("1.5kb", 1500), ("7", 7)]
-)
-def test_sizes_are_read_with_their_unit(text, size):
-    assert byte_count(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "5 apples", "-5GB", "0MB", "5GBs", "0.5"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="5GB or 500MB"):
-        byte_count(text)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sana_sprint.cli import screen
+from sana_sprint.cli.arguments import amount
+from sana_sprint.sizes import readable_bytes
 
 if TYPE_CHECKING:
     from sana_sprint.checkpoints.convert import Conversion, Report
@@ -23,17 +24,6 @@ KINDS = ("transformer", "autoencoder", "controlnet")
 SCHEDULERS = ("scm", "flow-dpm_solver", "flow-euler")
 IMAGE_SIZES = (512, 1024, 2048, 4096)
 PIXELS_PER_CELL = 32
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def byte_count(text: str) -> int:
-    """Bytes from "5GB", "500MB" or "2GiB"."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.upper())
-    size = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
-    if not size:
-        raise argparse.ArgumentTypeError(f"wanted a size such as 5GB or 500MB, got {text!r}")
-    return size
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -76,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder; for --to original a .pth or .safetensors")
     parser.add_argument("--to", choices=LAYOUTS, default="diffusers", help="layout of the output (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="number format (that of INPUT)")
-    parser.add_argument("--shard-size", type=byte_count, metavar="SIZE", help="the most that a file may hold (5GB)")
+    parser.add_argument("--shard-size", type=amount, metavar="SIZE", help="the most that a file may hold (5GB)")
     parser.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
 
     known = parser.add_argument_group("what the tensors cannot tell")
@@ -113,11 +103,6 @@ def choose_job(options: argparse.Namespace) -> "Conversion":
         scheduler=options.scheduler,
         force=options.force,
     )
-
-
-def readable_bytes(count: float) -> str:
-    """A number of bytes as people write it."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def describe_doubts(doubts: "Sequence[Ambiguity]") -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sana_sprint.cli import screen
-from sana_sprint.cli.generate import whole_number
+from sana_sprint.cli.arguments import whole_number
 from sana_sprint.cli.model import DTYPES, EMBEDDED, FLOW_STEPS, SPRINT_STEPS
 
 if TYPE_CHECKING:

@@ -3,51 +3,18 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from sana_sprint.cli import screen
+from sana_sprint.cli.arguments import LARGEST_SEED, angles, size, whole_number
 from sana_sprint.cli.drawing import Drawn, Job, Request, draw
 from sana_sprint.cli.files import prepare_output
 from sana_sprint.cli.model import DTYPES, EMBEDDED, FLOW_STEPS, SPRINT_STEPS
 from sana_sprint.cli.records import Picture, Record, Settings, read_record
 
 _DEFAULT_GUIDANCE = 4.5  # that of the pipeline
-_LARGEST_SEED = 2**63 - 1
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` on, for an option."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"wanted a whole number, got {text!r}") from None
-        if not least <= value <= _LARGEST_SEED:
-            raise argparse.ArgumentTypeError(f"wanted {least} or more, below 2**63, got {value}")
-        return value
-
-    return parse
-
-
-def size(text: str) -> tuple[int, int]:
-    """Width and height in pixels from "1024x768"."""
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isascii() and side.isdecimal() and int(side) > 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"wanted width and height in pixels, such as 1024x768, got {text!r}")
-    return int(sides[0]), int(sides[1])
-
-
-def angles(text: str) -> tuple[float, ...]:
-    """Angles in radians from "1.57,1.3,0"."""
-    try:
-        return tuple(float(angle) for angle in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"wanted angles separated by commas, such as 1.57,1.3,0, got {text!r}"
-        ) from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,8 +84,8 @@ def choose_pictures(options: argparse.Namespace, like: Record | None) -> tuple[P
     if not prompts:
         raise ValueError('nothing to draw: give a prompt, such as "a red circle left of a blue square"')
     seed, count = seed or 0, options.num_images or 1
-    if seed + count - 1 > _LARGEST_SEED:
-        raise ValueError(f"--seed {seed} with --num-images {count} goes beyond the largest seed, {_LARGEST_SEED}")
+    if seed + count - 1 > LARGEST_SEED:
+        raise ValueError(f"--seed {seed} with --num-images {count} goes beyond the largest seed, {LARGEST_SEED}")
     return tuple(Picture(prompt=prompt, seed=seed + index) for prompt in prompts for index in range(count))
 
 

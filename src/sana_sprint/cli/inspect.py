@@ -5,7 +5,8 @@ import json
 from typing import TYPE_CHECKING
 
 from sana_sprint.cli import screen
-from sana_sprint.cli.convert import add_settings, describe_doubts, readable_bytes, settings_of
+from sana_sprint.cli.convert import add_settings, describe_doubts, settings_of
+from sana_sprint.sizes import readable_bytes
 
 if TYPE_CHECKING:
     from sana_sprint.checkpoints.inspect import Inspection

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sana_sprint import __version__
-from sana_sprint.cli import convert, evaluate, generate, inspect, screen, train
+from sana_sprint.cli import convert, evaluate, generate, inspect, plan, screen, train
 
 _ERROR, _INTERRUPTED, _PIPE_CLOSED = 2, 130, 141  # the last two as shells have them: 128 + the signal's number
 
@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         (evaluate, "evaluate", "score a model on captions of the shapes world"),
         (convert, "convert", "turn a checkpoint into another layout"),
         (inspect, "inspect", "say what a checkpoint is, and what is wrong with it"),
+        (plan, "plan", "say how a model fits the memory of a machine"),
     ):
         command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         module.add_arguments(command)

@@ -1,0 +1,112 @@
+"""`sana-sprint plan`: a model and the memory of a machine in; every way to load it there, and the best, out."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from sana_sprint.cli import screen
+from sana_sprint.cli.arguments import amount, size, whole_number
+from sana_sprint.cli.model import EMBEDDED
+from sana_sprint.sizes import readable_bytes
+
+if TYPE_CHECKING:
+    from sana_sprint.memory.planner import MemoryPlan
+
+_MODEL = "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.add_argument(
+        "--model", default=_MODEL, metavar="MODEL", help=f"a pipeline folder, a hub id, or {EMBEDDED} (%(default)s)"
+    )
+    parser.add_argument("--vram", type=amount, metavar="SIZE", help="memory of the GPU, such as 8GiB (this machine's)")
+    parser.add_argument("--ram", type=amount, metavar="SIZE", help="memory of the machine (this machine's)")
+    parser.add_argument("--cpu", action="store_true", help="plan for a machine without a GPU")
+    parser.add_argument("--size", type=size, metavar="WxH", help="pixels of the pictures (those of the model)")
+    parser.add_argument(
+        "--batch", type=whole_number(1), default=1, metavar="N", help="pictures drawn at once (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
+    parser.set_defaults(run=run)
+
+
+def table(plans: "list[MemoryPlan]") -> list[str]:
+    """The plans in lines, with what each takes."""
+    from sana_sprint.memory.planner import STAGES
+
+    rows: list[tuple[str, ...]] = [("arrangement", *STAGES, "most", "machine", "fits")]
+    for plan in plans:
+        peaks = (readable_bytes(plan.stages[stage].peak) for stage in STAGES)
+        host = readable_bytes(plan.host) if plan.host else "-"
+        rows.append((str(plan.arrangement), *peaks, readable_bytes(plan.peak), host, "yes" if plan.fits else "no"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) if not index else cell.rjust(width) for index, (cell, width) in enumerate(row))
+        for row in ([*zip(cells, widths, strict=True)] for cells in rows)
+    ]
+
+
+def code_line(options: argparse.Namespace) -> str:
+    """What loads the model so, in Python."""
+    arguments = [f'"{options.model}"' if options.model != EMBEDDED else "sana_sprint.embedded_checkpoint()"]
+    for name, asked in (("memory", options.ram if options.cpu else options.vram), ("ram", options.ram)):
+        if asked and not (options.cpu and name == "ram"):
+            arguments.append(f'{name}="{_exactly(asked)}"')
+    if options.cpu:
+        arguments.append('device="cpu"')
+    if options.size:
+        arguments.append(f"width={options.size[0]}, height={options.size[1]}")
+    if options.batch != 1:
+        arguments.append(f"batch_size={options.batch}")
+    return f"pipe = sana_sprint.load_pipeline({', '.join(arguments)})"
+
+
+def _exactly(count: int) -> str:
+    return f"{count >> 30}GiB" if count % 2**30 == 0 else f"{count / 1e9:.9g}GB"
+
+
+def document(plan: "MemoryPlan") -> dict[str, Any]:
+    """A plan as JSON, in bytes."""
+    stages = {name: {"weights": stage.weights, "work": stage.work} for name, stage in plan.stages.items()}
+    arrangement = plan.arrangement
+    return {
+        "bits": arrangement.bits,
+        "placement": arrangement.placement,
+        "tile": arrangement.tile,
+        "stages": stages,
+        "peak": plan.peak,
+        "host": plan.host,
+        "fits": plan.fits,
+    }
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the table, the choice, and the line of code for it; fails if there is no choice."""
+    if options.cpu and options.vram:
+        raise ValueError("--cpu and --vram exclude each other")
+    with screen.quiet_libraries():
+        import torch
+
+        from sana_sprint.assets import embedded_checkpoint
+        from sana_sprint.memory.configs import read_configs
+        from sana_sprint.memory.loading import budget_of
+        from sana_sprint.memory.planner import all_plans, best_plan
+        from sana_sprint.memory.stages import Networks, Workload
+
+        configs = read_configs(embedded_checkpoint() if options.model == EMBEDDED else options.model)
+        has_gpu = not options.cpu and (options.vram or torch.cuda.is_available())
+        memory = options.vram if has_gpu else options.ram
+        budget = budget_of(torch.device("cuda" if has_gpu else "cpu"), memory, options.ram if has_gpu else None)
+        width, height = options.size or (configs.picture_size,) * 2
+        plans = all_plans(Networks(configs, Workload(width=width, height=height, batch_size=options.batch)), budget)
+    best = best_plan(plans) if any(plan.fits for plan in plans) else None
+    if options.json:
+        documents = [document(plan) for plan in plans]
+        chosen = next((index for index, plan in enumerate(plans) if plan.fits), None)
+        print(json.dumps({"width": width, "height": height, "plans": documents, "chosen": chosen}, indent=2))
+        return
+    print("\n".join(table(plans)))
+    if best is None:
+        best_plan(plans)  # says what is missing
+    print(f"\n{best}\n\n{code_line(options)}")

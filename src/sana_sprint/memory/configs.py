@@ -1,0 +1,75 @@
+"""A model's name to the configs of its networks; nothing but JSON is read or fetched."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, Gemma2Config, PretrainedConfig
+
+from sana_sprint.autoencoder.model import AutoencoderDC
+from sana_sprint.transformer.model import SanaTransformer2DModel
+
+# What the published Sprint models have in common, beyond the defaults of the classes.
+_SPRINT = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads", "sample_size": 32}
+_SMALL = {
+    "num_attention_heads": 36,
+    "attention_head_dim": 32,
+    "num_layers": 28,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+}
+_STAGES = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+_AUTOENCODER = {
+    "encoder_block_types": _STAGES,
+    "decoder_block_types": _STAGES,
+    "upsample_block_type": "interpolate",
+    "downsample_block_type": "Conv",
+    "scaling_factor": 0.41407,
+}
+
+# The transformers of the published models, which are planned for without asking the hub. Their autoencoder is DC-AE
+# f32c32 of SANA 1.1, their text encoder Gemma-2-2B, which is what transformers' config is by default.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers": _SPRINT,
+    "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers": {**_SPRINT, **_SMALL},
+}
+
+
+@dataclass(frozen=True)
+class PipelineConfigs:
+    """What the three networks of a pipeline are."""
+
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    text_encoder: PretrainedConfig
+
+    @property
+    def picture_size(self) -> int:
+        """Pixels of a side of the pictures that the model was trained on."""
+        # Without an entry, that of the class, which is the published one.
+        stages = self.vae.get("encoder_block_out_channels", (None,) * 6)
+        return self.transformer.get("sample_size", 32) * 2 ** (len(stages) - 1)
+
+    def stored_bits(self) -> dict[str, int]:
+        """Bits of the weights of those networks that are quantised in the checkpoint already."""
+        settings = {
+            "transformer": self.transformer.get("quantization_config"),
+            "text_encoder": getattr(self.text_encoder, "quantization_config", None),
+        }
+        return {name: 8 if found.get("load_in_8bit") else 4 for name, found in settings.items() if found}
+
+
+def read_configs(model: str | os.PathLike) -> PipelineConfigs:
+    """The configs of a pipeline: a folder, one of `PUBLISHED`, or another id on the hub.
+
+    Raises:
+        OSError: if there is no such folder or model.
+    """
+    if str(model) in PUBLISHED and not os.path.isdir(model):
+        return PipelineConfigs(PUBLISHED[str(model)], _AUTOENCODER, Gemma2Config())
+    return PipelineConfigs(
+        transformer=SanaTransformer2DModel.load_config(model, subfolder="transformer"),
+        vae=AutoencoderDC.load_config(model, subfolder="vae"),
+        text_encoder=AutoConfig.from_pretrained(model, subfolder="text_encoder"),
+    )

@@ -1,0 +1,207 @@
+"""Networks and the memory at hand to an arrangement that fits, the best first, with every stage's bytes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sana_sprint.memory.stages import Networks, streamed_bytes, unpacked_bytes, weight_bytes
+from sana_sprint.sizes import readable_bytes
+
+Bits = Literal[16, 8, 4]
+Placement = Literal["resident", "encoder on host", "model offload", "group offload"]
+
+STAGES = ("encode", "denoise", "decode")
+NETWORKS = ("text_encoder", "transformer", "vae")
+
+# Of a GPU's memory, what CUDA's context and libraries take, and the part that the allocator cannot hand out whole.
+_CONTEXT_BYTES, _USABLE_SHARE = 500 * 2**20, 0.95
+# Of a process without a GPU: Python with torch, diffusers and transformers imported (measured).
+PROCESS_BYTES = 500 * 2**20
+# Pixels of a tile's side, tried in this order where a decode does not fit in one piece.
+_TILES = (1024, 768, 512, 384, 256)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory at hand, in bytes.
+
+    Attributes:
+        device: of the accelerator; None where the CPU computes.
+        host: of the machine; None to leave it out of account.
+    """
+
+    device: int | None
+    host: int | None = None
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How a pipeline is loaded.
+
+    Attributes:
+        bits: of the weights of transformer and text encoder; a text encoder on the host keeps 16.
+        placement: "resident": all on the device; "encoder on host": the text encoder stays and runs on the CPU;
+            "model offload": one network on the device at a time; "group offload": one block of a network at a time.
+        tile: pixels of a tile's side in the decode; None decodes in one piece.
+    """
+
+    bits: Bits = 16
+    placement: Placement = "resident"
+    tile: int | None = None
+
+    def __str__(self) -> str:
+        tiles = f", tiles of {self.tile}" if self.tile else ""
+        return f"{self.bits}-bit, {self.placement}{tiles}"
+
+
+# The best first. What keeps its bits comes before what does not, for bits are quality, and what moves no weights before
+# what moves them in every call. A text encoder on the host reads a prompt in a second or two and keeps all bits.
+ARRANGEMENTS: tuple[Arrangement, ...] = (
+    Arrangement(16, "resident"),
+    Arrangement(16, "encoder on host"),
+    Arrangement(8, "resident"),
+    Arrangement(16, "model offload"),
+    Arrangement(8, "encoder on host"),
+    Arrangement(8, "model offload"),
+    Arrangement(4, "resident"),
+    Arrangement(4, "encoder on host"),
+    Arrangement(4, "model offload"),
+    Arrangement(16, "group offload"),
+)
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """What one stage of a call takes on the device: weights, those of other stages included, and tensors on top."""
+
+    weights: int
+    work: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.work
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """An arrangement with what it takes.
+
+    Attributes:
+        stages: bytes per stage of `STAGES`, on the device, which is the CPU where there is no accelerator.
+        host: bytes of weights that wait or work in the machine's memory beside an accelerator.
+        budget: the memory that was planned for.
+        to_quantise: names of the networks that are quantised while they are loaded.
+        reason: why this arrangement was chosen, once it was.
+    """
+
+    arrangement: Arrangement
+    stages: dict[str, StageBytes]
+    host: int
+    budget: Budget
+    to_quantise: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes on the device at once, the process itself included where that is the CPU."""
+        process = PROCESS_BYTES if self.budget.device is None else 0
+        return process + max(stage.peak for stage in self.stages.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the budget has room for it."""
+        budget = self.budget
+        if budget.device is None:
+            return budget.host is None or self.peak <= budget.host
+        room = budget.device * _USABLE_SHARE - _CONTEXT_BYTES
+        return self.peak <= room and (budget.host is None or self.host + PROCESS_BYTES <= budget.host)
+
+    def __str__(self) -> str:
+        host = f", {readable_bytes(self.host)} in the machine's" if self.host else ""
+        return f"{self.arrangement}: at most {readable_bytes(self.peak)} in the device's memory{host}; {self.reason}"
+
+
+def all_plans(networks: Networks, budget: Budget) -> list[MemoryPlan]:
+    """Every arrangement that is possible with this budget's kind of device, the best first, whether it fits or not.
+
+    A decode that is what does not fit gets the largest tiles with which it does.
+
+    Raises:
+        ValueError: for a size that the autoencoder cannot draw.
+    """
+    stored = networks.configs.stored_bits()
+    chosen = [one for one in ARRANGEMENTS if budget.device is not None or one.placement == "resident"]
+    if len(set(stored.values())) == 1:
+        (bits,) = set(stored.values())
+        chosen = [one for one in chosen if one.bits == bits]
+    return [_tiled_if_needed(networks, arrangement, budget) for arrangement in chosen]
+
+
+def best_plan(plans: Sequence[MemoryPlan], bits: Bits | None = None) -> MemoryPlan:
+    """The first that fits, with its reason, of those with so many bits if that is asked for.
+
+    Raises:
+        ValueError: if none fits.
+    """
+    candidates = [plan for plan in plans if bits is None or plan.arrangement.bits == bits]
+    refused: list[str] = []
+    for plan in candidates:
+        if plan.fits:
+            before = f"{', '.join(refused)} would not fit" if refused else "the first choice, and it fits"
+            return replace(plan, reason=before)
+        refused.append(f"{plan.arrangement} ({readable_bytes(plan.peak)})")
+    smallest = min(candidates, key=lambda plan: plan.peak)
+    budget = smallest.budget
+    raise ValueError(
+        f"no arrangement fits {readable_bytes((budget.host if budget.device is None else budget.device) or 0)}"
+        + (f" with {readable_bytes(budget.host)} in the machine" if budget.device is not None and budget.host else "")
+        + f": the smallest, {smallest.arrangement}, takes {readable_bytes(smallest.peak)}"
+        + (f" and {readable_bytes(smallest.host)} of the machine's memory" if smallest.host else "")
+        + (" beside what CUDA takes" if budget.device is not None else "")
+        + "; draw smaller pictures or fewer at once"
+    )
+
+
+def _tiled_if_needed(networks: Networks, arrangement: Arrangement, budget: Budget) -> MemoryPlan:
+    plan = _plan(networks, arrangement, budget)
+    others = max(plan.stages[stage].peak for stage in STAGES if stage != "decode")
+    if plan.fits or plan.stages["decode"].peak <= others:
+        return plan
+    size = max(networks.workload.height, networks.workload.width)
+    ratio = networks.vae.spatial_compression_ratio
+    for tile in _TILES:
+        if tile < size and tile % ratio == 0:
+            tiled = _plan(networks, replace(arrangement, tile=tile), budget)
+            if tiled.fits:
+                return tiled
+    return plan
+
+
+def _plan(networks: Networks, arrangement: Arrangement, budget: Budget) -> MemoryPlan:
+    stored = networks.configs.stored_bits()
+    modules = {name: getattr(networks, name) for name in NETWORKS}
+    placement = arrangement.placement
+    # A text encoder on the host keeps 16 bits, and so does the autoencoder, whose layers are no matrix products.
+    quantised = ("transformer",) if placement == "encoder on host" else ("text_encoder", "transformer")
+    bits = {name: arrangement.bits if name in quantised else 16 for name in NETWORKS} | stored
+    weights = {name: weight_bytes(module, bits[name]) for name, module in modules.items()}
+    work = {
+        "text_encoder": networks.encode_bytes + unpacked_bytes(modules["text_encoder"], bits["text_encoder"]),
+        "transformer": networks.denoise_bytes + unpacked_bytes(modules["transformer"], bits["transformer"]),
+        "vae": networks.decode_bytes(arrangement.tile),
+    }
+    total = sum(weights.values())
+    if placement == "resident":
+        on_device, host = dict.fromkeys(NETWORKS, total), 0
+    elif placement == "encoder on host":
+        host = weights["text_encoder"]
+        on_device = dict.fromkeys(NETWORKS, total - host)
+        work["text_encoder"] = 0
+    else:
+        host = total
+        on_device = weights
+        if placement == "group offload":
+            on_device = {name: streamed_bytes(module) for name, module in modules.items()}
+    stages = {stage: StageBytes(on_device[name], work[name]) for stage, name in zip(STAGES, NETWORKS, strict=True)}
+    to_quantise = () if arrangement.bits == 16 else tuple(name for name in quantised if name not in stored)
+    return MemoryPlan(arrangement, stages, host, budget, to_quantise)

@@ -1,0 +1,160 @@
+"""Configs and a workload to bytes: what the weights of each network take, and what running it takes on top.
+
+The networks are built on the meta device and run there, with every tensor counted and none held: seconds for the
+largest, and no weights.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModel
+
+from sana_sprint.autoencoder.model import AutoencoderDC
+from sana_sprint.layers.feed_forward import PointwiseConv2d
+from sana_sprint.memory.configs import PipelineConfigs
+from sana_sprint.memory.tracker import PeakBytes
+from sana_sprint.quantisation.layers import quantisable_layers
+from sana_sprint.quantisation.quantisers import is_exact
+from sana_sprint.transformer.model import SanaTransformer2DModel
+
+# At least the tokens of SANA's instruction under Gemma's tokenizer, which are read before every prompt.
+INSTRUCTION_TOKENS = 250
+
+# bitsandbytes: a float32 scale per row of int8, and one per 64 weights of nf4 or fp4.
+_SCALE_BYTES, _WEIGHTS_PER_SCALE = 4, 64
+# Under group offload: the block that computes, and the next one, which is on its way.
+_BLOCKS_AT_ONCE = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One call: pixels, pictures and the dtype of what is not quantised."""
+
+    height: int = 1024
+    width: int = 1024
+    batch_size: int = 1
+    max_sequence_length: int = 300
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """The three networks of a pipeline, without their weights.
+
+    Raises:
+        ValueError: from everything that runs the autoencoder, if the pictures are no multiple of its compression.
+    """
+
+    configs: PipelineConfigs
+    workload: Workload
+
+    @cached_property
+    def text_encoder(self) -> nn.Module:
+        return self._empty_network(lambda: AutoModel.from_config(self.configs.text_encoder))
+
+    @cached_property
+    def transformer(self) -> SanaTransformer2DModel:
+        return self._empty_network(lambda: SanaTransformer2DModel.from_config(self.configs.transformer))
+
+    @cached_property
+    def vae(self) -> AutoencoderDC:
+        return self._empty_network(lambda: AutoencoderDC.from_config(self.configs.vae))
+
+    @cached_property
+    def encode_bytes(self) -> int:
+        """Of tensors at once while prompts are read, weights apart."""
+        length = INSTRUCTION_TOKENS + self.workload.max_sequence_length
+        ids = self._empty(self.workload.batch_size, length, dtype=torch.long)
+        return _peak(lambda: self.text_encoder(ids, attention_mask=ids, use_cache=False))
+
+    @cached_property
+    def denoise_bytes(self) -> int:
+        """Of tensors at once during one step, weights apart."""
+        batch_size, config = self.workload.batch_size, self.transformer.config
+        latents = self._latents(config.in_channels)
+        text = self._empty(batch_size, self.workload.max_sequence_length, config.caption_channels)
+        ones = self._empty(batch_size)
+        guidance = ones if config.guidance_embeds else None
+        return _peak(lambda: self.transformer(latents, encoder_hidden_states=text, timestep=ones, guidance=guidance))
+
+    @cache  # noqa: B019  (lives as long as the command or the loading that asks)
+    def decode_bytes(self, tile: int | None = None) -> int:
+        """Of tensors at once while pictures are decoded, in tiles of so many pixels or whole, weights apart."""
+        latents = self._latents(self.vae.config.latent_channels)
+        if tile is None:
+            self.vae.disable_tiling()
+        else:
+            self.vae.enable_tiling(tile, tile)
+        return _peak(lambda: self.vae.decode(latents))
+
+    def _latents(self, channels: int) -> torch.Tensor:
+        ratio, size = self.vae.spatial_compression_ratio, self.workload
+        if size.height % ratio or size.width % ratio:
+            raise ValueError(f"pictures must be a multiple of {ratio} pixels, got {size.width}x{size.height}")
+        return self._empty(size.batch_size, channels, size.height // ratio, size.width // ratio)
+
+    def _empty_network(self, make: Callable[[], Any]) -> Any:
+        with init_empty_weights(include_buffers=True):
+            return make().to(self.workload.dtype).eval()
+
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=dtype or self.workload.dtype)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Inside, attention holds its result and no scores, as the kernels do that run on real devices."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        call = self._attend if func is F.scaled_dot_product_attention else func
+        return call(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@torch.no_grad()
+def _peak(run: Callable[[], object]) -> int:
+    with _FusedAttention(), PeakBytes() as count:
+        run()
+    return count.peak
+
+
+def _quantised(module: nn.Module) -> Iterator[nn.Linear | PointwiseConv2d]:
+    return (layer for name, layer in quantisable_layers(module) if not is_exact(name))
+
+
+def weight_bytes(module: nn.Module, bits: int = 16) -> int:
+    """Of parameters and buffers in their own dtypes, or with the matrix products quantised to 8 or 4 bits."""
+    total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in (*module.parameters(), *module.buffers()))
+    if bits == 16:
+        return total
+    for layer in _quantised(module):
+        rows, count = layer.weight.shape[0], layer.weight.numel()
+        scales = rows if bits == 8 else -(-count // _WEIGHTS_PER_SCALE)
+        total += count * bits // 8 + scales * _SCALE_BYTES - count * layer.weight.dtype.itemsize
+    return total
+
+
+def unpacked_bytes(module: nn.Module, bits: int) -> int:
+    """Of what a product with quantised weights takes on top: with 4 bits the largest matrix, unpacked."""
+    if bits != 4:
+        return 0
+    return max(layer.weight.numel() * layer.weight.dtype.itemsize for layer in _quantised(module))
+
+
+def streamed_bytes(module: nn.Module) -> int:
+    """Of the weights on the device at once under group offload: all that is in no list of blocks, and two blocks."""
+    total = weight_bytes(module)
+    for blocks in module.children():
+        if isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+            sizes = sorted((weight_bytes(block) for block in blocks), reverse=True)
+            total -= sum(sizes[_BLOCKS_AT_ONCE:])
+    return total

@@ -1,0 +1,74 @@
+"""`sana-sprint plan`: the table, the choice, and the line of code, which works."""
+
+import json
+
+import pytest
+
+from sana_sprint.cli.main import main
+
+
+def lines_of(capsys, *arguments: str) -> list[str]:
+    assert main(["plan", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out.splitlines()
+
+
+def test_the_table_has_a_line_for_every_arrangement_and_ends_with_the_choice(capsys):
+    header, *rows, _, choice, _, code = lines_of(capsys, "--model", "embedded", "--vram", "8GiB")
+    assert header.split() == ["arrangement", "encode", "denoise", "decode", "most", "machine", "fits"]
+    assert len(rows) == 10
+    assert all(row.endswith("yes") for row in rows)
+    assert choice.startswith("16-bit, resident: at most ")
+    assert code == 'pipe = sana_sprint.load_pipeline(sana_sprint.embedded_checkpoint(), memory="8GiB")'
+
+
+def test_the_line_of_code_loads_what_was_chosen(model_folder, capsys):
+    arguments = ("--model", model_folder, "--cpu", "--ram", "1.5GB", "--size", "128x64", "--batch", "2")
+    code = lines_of(capsys, *arguments)[-1]
+    assert 'memory="1.5GB", device="cpu", width=128, height=64, batch_size=2)' in code
+    names: dict = {}
+    exec(f"import sana_sprint\n{code}", names)
+    assert names["pipe"].memory_plan.budget.host == 1_500_000_000
+
+
+def test_published_models_are_planned_without_a_download(capsys):
+    *_, code = lines_of(capsys, "--vram", "16GB", "--ram", "32GB")
+    name = "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"
+    assert code == f'pipe = sana_sprint.load_pipeline("{name}", memory="16GB", ram="32GB")'
+
+
+def test_json_is_one_document_in_bytes(capsys):
+    document = json.loads("\n".join(lines_of(capsys, "--model", "embedded", "--cpu", "--ram", "2GiB", "--json")))
+    first = document["plans"][document["chosen"]]
+    assert (first["bits"], first["placement"], first["tile"], first["fits"]) == (16, "resident", None, True)
+    assert first["peak"] > max(stage["weights"] + stage["work"] for stage in first["stages"].values())
+    assert (document["width"], document["height"]) == (64, 64)
+
+
+def test_where_nothing_fits_the_table_is_shown_and_the_command_fails(capsys):
+    assert main(["plan", "--model", "embedded", "--cpu", "--ram", "10MB"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.count(" no\n") == 3
+    assert captured.err.startswith("sana-sprint: error: no arrangement fits 10.0 MB")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vram", "lots"], "wanted a size such as 8GiB"),
+        (["--vram", "8GiB", "--cpu"], "--cpu and --vram exclude each other"),
+        (["--model", "embedded", "--size", "100x64"], "multiple of 8 pixels"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys):
+    try:
+        code = main(["plan", *arguments])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -1,0 +1,92 @@
+"""Bytes counted without weights against bytes of the real networks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import BitsAndBytesConfig
+
+from sana_sprint import AutoencoderDC, SanaTransformer2DModel, embedded_checkpoint
+from sana_sprint.memory.configs import PUBLISHED, read_configs
+from sana_sprint.memory.stages import Networks, Workload, streamed_bytes, unpacked_bytes, weight_bytes
+from sana_sprint.memory.tracker import PeakBytes
+
+CONFIGS = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}}
+
+
+@pytest.fixture(scope="module")
+def transformer() -> SanaTransformer2DModel:
+    return SanaTransformer2DModel.from_pretrained(
+        embedded_checkpoint(), subfolder="transformer", torch_dtype=torch.bfloat16
+    )
+
+
+def test_published_models_have_their_published_numbers_of_parameters():
+    # As in tests/conformance/test_published_sizes.py, in two bytes each.
+    expected = {"1.6B": (1_610_237_472, 312_250_275), "0.6B": (593_501_216, 312_250_275)}
+    for name in PUBLISHED:
+        networks = Networks(read_configs(name), Workload())
+        counts = tuple(sum(p.numel() for p in part.parameters()) for part in (networks.transformer, networks.vae))
+        assert counts == next(expected[size] for size in expected if size in name)
+        assert networks.configs.picture_size == 1024
+
+
+def test_weights_of_sixteen_bits_are_those_of_the_checkpoint(small, transformer):
+    numbers = [*transformer.parameters(), *transformer.buffers()]
+    assert weight_bytes(small.transformer) == 2 * sum(tensor.numel() for tensor in numbers)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_take_what_was_counted(bits, small):
+    model = SanaTransformer2DModel.from_pretrained(
+        embedded_checkpoint(),
+        subfolder="transformer",
+        torch_dtype=torch.bfloat16,
+        quantization_config=BitsAndBytesConfig(**CONFIGS[bits]),
+    )
+    # Without what describes the codes, some hundred bytes a layer; with the positions, which are in no state dict.
+    sizes = {name: t.numel() * t.element_size() for name, t in model.state_dict().items()}
+    described = ("quant_map", "bitsandbytes__", "weight_format")
+    found = sum(size for name, size in sizes.items() if not any(part in name for part in described))
+    found += 2 * sum(buffer.numel() for buffer in model.buffers())
+    assert weight_bytes(small.transformer, bits) == found
+
+
+@torch.no_grad()
+def test_a_step_and_a_decode_take_what_was_counted(small, transformer):
+    config = transformer.config
+    text = torch.zeros(1, 300, config.caption_channels, dtype=torch.bfloat16)
+    ones = torch.ones(1, dtype=torch.bfloat16)
+    latents = torch.zeros(1, config.in_channels, 8, 8, dtype=torch.bfloat16)
+    with PeakBytes() as step:
+        transformer(latents, encoder_hidden_states=text, timestep=ones, guidance=ones)
+    vae = AutoencoderDC.from_pretrained(embedded_checkpoint(), subfolder="vae", torch_dtype=torch.bfloat16)
+    with PeakBytes() as decode:
+        vae.decode(latents)
+    # The library's convolutions choose their memory format, which costs a copy here and there.
+    assert small.denoise_bytes == pytest.approx(step.peak, rel=0.05)
+    assert small.decode_bytes() == pytest.approx(decode.peak, rel=0.05)
+
+
+def test_larger_pictures_and_batches_take_more_and_tiles_less(small):
+    large = Networks(small.configs, replace(small.workload, height=256, width=512, batch_size=2))
+    assert large.encode_bytes > small.encode_bytes
+    assert large.denoise_bytes > 16 * small.denoise_bytes
+    assert large.decode_bytes() > large.decode_bytes(64) > small.decode_bytes()
+
+
+def test_a_size_that_cannot_be_drawn_is_refused(small):
+    odd = Networks(small.configs, replace(small.workload, height=100))
+    with pytest.raises(ValueError, match="multiple of 8 pixels, got 64x100"):
+        odd.decode_bytes()
+
+
+def test_under_group_offload_there_are_two_blocks_and_what_is_in_no_block(small):
+    blocks = [weight_bytes(block) for block in small.transformer.transformer_blocks]
+    assert streamed_bytes(small.transformer) == weight_bytes(small.transformer) - sum(blocks) + 2 * blocks[0]
+
+
+def test_four_bits_unpack_one_matrix_at_a_time(small):
+    largest = max(p.numel() for name, p in small.transformer.named_parameters() if "conv_inverted.weight" in name)
+    assert unpacked_bytes(small.transformer, 4) == 2 * largest
+    assert unpacked_bytes(small.transformer, 8) == unpacked_bytes(small.transformer, 16) == 0
