@@ -57,7 +57,10 @@ class FlowData:
     masks: torch.Tensor  # M + 1 L
 
     def batch(self, draws: Draws, size: int, caption_dropout: float) -> FlowBatch:
-        chosen = torch.from_numpy(draws.rng.integers(len(self.latents), size=size)).to(self.latents.device)
+        # As often as a caption is long: those that say more are harder to follow, and need more practice.
+        upto = self.masks[:-1].sum(1).cumsum(0)
+        position = torch.from_numpy(draws.rng.random(size)).to(upto.device) * upto[-1]
+        chosen = torch.searchsorted(upto, position.floor().long(), right=True)
         is_dropped = torch.from_numpy(draws.rng.random(size) < caption_dropout).to(self.latents.device)
         texts = torch.where(is_dropped, len(self.latents), chosen)
         return FlowBatch(self.latents[chosen], self.captions[texts].float(), self.masks[texts])

@@ -107,9 +107,9 @@ def _flow_settings() -> FlowSettings:
     }
     return FlowSettings(
         config=config,
-        optimiser=OptimiserSettings(steps=7200, batch_size=64, learning_rate=1e-3, warmup_steps=300, seed=13),
+        optimiser=OptimiserSettings(steps=10_000, batch_size=64, learning_rate=1e-3, warmup_steps=300, seed=13),
         guidance_optimiser=OptimiserSettings(
-            steps=700,
+            steps=900,
             batch_size=64,
             learning_rate=3e-4,
             matrix_learning_rate=6e-4,
@@ -162,8 +162,8 @@ def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: i
 class ShapesTraining:
     """The stages of a recipe in a folder; each leaves its result there, where the next one and a second run find it.
 
-    `start` is a checkpoint that an earlier training assembled: its autoencoder is taken as it is, and the flow stage
-    goes on from its transformer.
+    `start` is a checkpoint that an earlier training assembled: its autoencoder and its language model are taken as
+    they are, and the flow stage goes on from its transformer.
     """
 
     def __init__(
@@ -208,6 +208,8 @@ class ShapesTraining:
         vae.save_pretrained(self.folder / "decoder" / "vae")
 
     def language(self) -> None:
+        if self.start:
+            return
         captions = self.pool().captions
         tokenizer, model = train_language_model(captions, self.recipe.language, self._run("language"), self.device)
         tokenizer.save_pretrained(self.folder / "language" / "tokenizer")
@@ -239,9 +241,9 @@ class ShapesTraining:
         )
         transformer.save_pretrained(partial / "transformer")
         self._vae("decoder", torch.bfloat16).save_pretrained(partial / "vae")
-        text_encoder = Gemma2Model.from_pretrained(self._result("language", "text_encoder"), dtype=torch.bfloat16)
+        tokenizer, text_encoder = self._language(torch.bfloat16)
         text_encoder.save_pretrained(partial / "text_encoder")
-        GemmaTokenizer.from_pretrained(self._result("language", "tokenizer")).save_pretrained(partial / "tokenizer")
+        tokenizer.save_pretrained(partial / "tokenizer")
         # More of the steps at high noise, where the layout is decided (Esser et al., 2024).
         FlowMatchEulerDiscreteScheduler(shift=_FLOW_SHIFT).save_pretrained(partial / "scheduler")
         for component in ("transformer", "vae"):
@@ -253,7 +255,7 @@ class ShapesTraining:
 
     def _record(self) -> dict[str, Any]:
         """The settings, versions and losses that made the checkpoint."""
-        logs = {stage: self._run(stage) / "log.jsonl" for stage in STAGES[2 if self.start else 0 : -1]}
+        logs = {stage: self._run(stage) / "log.jsonl" for stage in STAGES[3 if self.start else 0 : -1]}
         pictures = self.pool().pictures[:512]
         return {
             "command": "sana-sprint train shapes" + (" --start-from CHECKPOINT" if self.start else ""),
@@ -279,6 +281,11 @@ class ShapesTraining:
         folder = self.start / "vae" if self.start else self._result(stage, "vae")
         return AutoencoderDC.from_pretrained(folder, torch_dtype=dtype).eval()
 
+    def _language(self, dtype: torch.dtype) -> tuple[GemmaTokenizer, Gemma2Model]:
+        tokenizer = self.start / "tokenizer" if self.start else self._result("language", "tokenizer")
+        text_encoder = self.start / "text_encoder" if self.start else self._result("language", "text_encoder")
+        return GemmaTokenizer.from_pretrained(tokenizer), Gemma2Model.from_pretrained(text_encoder, dtype=dtype)
+
     def _flow_data(self) -> FlowData:
         """Latents and text features of the pool; computed once, then read from the folder."""
         cache = self.folder / "flow" / "data.pt"
@@ -288,8 +295,7 @@ class ShapesTraining:
                 self._vae("autoencoder", torch.float32).to(self.device, memory_format=torch.channels_last),
             )
             latents = encode_pictures(vae, pool.pictures) * vae.config.scaling_factor
-            tokenizer = GemmaTokenizer.from_pretrained(self._result("language", "tokenizer"))
-            text_encoder = Gemma2Model.from_pretrained(self._result("language", "text_encoder"))
+            tokenizer, text_encoder = self._language(torch.float32)
             captions, masks = encode_captions(tokenizer, text_encoder, pool.captions, self.recipe.max_caption_tokens)
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_whole(cache, lambda partial: torch.save((latents, captions, masks), partial))
