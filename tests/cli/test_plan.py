@@ -59,7 +59,6 @@ def test_where_nothing_fits_the_table_is_shown_and_the_command_fails(capsys):
     [
         (["--vram", "lots"], "wanted a size such as 8GiB"),
         (["--vram", "8GiB", "--cpu"], "--cpu and --vram exclude each other"),
-        (["--model", "embedded", "--size", "100x64"], "multiple of 8 pixels"),
         (["--model", "nowhere"], "nowhere"),
     ],
 )

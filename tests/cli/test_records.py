@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict, replace
 
 import pytest
 from PIL import Image
@@ -22,6 +23,8 @@ SETTINGS = Settings(
     threads=2,
     version="0.1.0",
     torch="2.13.0",
+    quantization="8bit",
+    memory=10**9,
 )
 ONE = (Picture(prompt='ein "grüner" Stern\n红', seed=2**63 - 1),)
 MANY = (*ONE, Picture(prompt="", seed=0))
@@ -36,6 +39,15 @@ def save(path, chunk: PngInfo):
 def test_a_record_comes_back_from_its_png_as_it_was(pictures, is_sheet, tmp_path):
     record = Record(settings=SETTINGS, pictures=pictures, is_sheet=is_sheet)
     assert read_record(save(tmp_path / "a.png", to_chunk(record))) == record
+
+
+def test_a_picture_from_before_there_was_quantisation_was_drawn_without(tmp_path):
+    values = {**asdict(SETTINGS), **asdict(ONE[0])}
+    del values["quantization"], values["memory"]
+    text = PngInfo()
+    text.add_text(CHUNK, json.dumps(values))
+    settings = read_record(save(tmp_path / "a.png", text)).settings
+    assert settings == replace(SETTINGS, quantization=None, memory=None)
 
 
 def test_the_chunk_is_json_with_prompt_seed_steps_model_and_version(tmp_path):

@@ -63,7 +63,6 @@ def test_what_is_free_is_what_counts_where_nothing_is_said():
         ({"quantization": "2bit"}, "quantization must be one of 8bit, 4bit, none or None, got '2bit'"),
         ({"memory": "lots"}, "wanted a size such as 8GiB"),
         ({"memory": "1MB"}, "no arrangement fits 0.0 GB|no arrangement fits 1.0 MB"),
-        ({"height": 100}, "multiple of 8 pixels"),
     ],
 )
 def test_what_cannot_work_is_refused_before_weights_are_read(options, message, tmp_path):

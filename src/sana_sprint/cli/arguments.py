@@ -6,6 +6,8 @@ from collections.abc import Callable
 from sana_sprint.sizes import byte_count
 
 LARGEST_SEED = 2**63 - 1
+# Those of memory.loading, which `--help` must not import.
+QUANTIZATIONS = ("none", "8bit", "4bit")
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sana_sprint import __version__
 from sana_sprint.cli import screen
 from sana_sprint.cli.files import picture_name, save_new
-from sana_sprint.cli.model import EMBEDDED, Model, choose_device, choose_dtype, find_model, load, own_steps
+from sana_sprint.cli.model import EMBEDDED, Fitting, Model, choose_device, choose_dtype, find_model, load, own_steps
 from sana_sprint.cli.records import Picture, Record, Settings, to_chunk
 from sana_sprint.cli.words import check_words
 
@@ -30,6 +30,8 @@ class Request:
     guidance: float
     dtype: str
     device: str
+    quantization: str | None
+    memory: int | None  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,8 @@ def _prepare(job: Job) -> tuple["SanaSprintPipeline", Request, Model]:
         if differing:
             screen.report("warning", f"{path} was drawn with {differing}: the picture may differ")
         torch.set_num_threads(record.settings.threads)
-    pipe = load(model, device, dtype, show_progress=screen.is_terminal())
+    fitting = Fitting(job.request.quantization, job.request.memory, job.request.size)
+    pipe = load(model, device, dtype, fitting, show_progress=screen.is_terminal())
     request = replace(job.request, device=str(device), dtype=str(dtype).removeprefix("torch."))
     if request.steps is None and request.timesteps is None:
         request = replace(request, steps=own_steps(pipe))
@@ -125,6 +128,8 @@ def _settings(request: Request, model: Model, image: "Image") -> Settings:
         threads=torch.get_num_threads(),
         version=__version__,
         torch=str(torch.__version__),
+        quantization=request.quantization,
+        memory=request.memory,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sana_sprint.cli import screen
-from sana_sprint.cli.arguments import whole_number
+from sana_sprint.cli.arguments import QUANTIZATIONS, whole_number
 from sana_sprint.cli.model import DTYPES, EMBEDDED, FLOW_STEPS, SPRINT_STEPS
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole_number(0), default=_SEED, metavar="N", help="of captions and pictures")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="number format (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, .. (%(default)s)")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="bits of the weights (the model's)")
     parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
     parser.set_defaults(run=run)
 
@@ -56,14 +57,15 @@ def run(options: argparse.Namespace) -> None:
     """Draws held-out captions, has them judged, and prints the scores."""
     from tqdm import tqdm
 
-    from sana_sprint.cli.model import choose_device, choose_dtype, find_model, load, own_steps
+    from sana_sprint.cli.model import Fitting, choose_device, choose_dtype, find_model, load, own_steps
 
     with screen.quiet_libraries():
         from sana_sprint.evaluation.shapes import score_drawing
 
         model = find_model(options.model)
         device = choose_device(options.device)
-        pipe = load(model, device, choose_dtype(options.dtype, device), show_progress=False)
+        fitting = Fitting(options.quantization)
+        pipe = load(model, device, choose_dtype(options.dtype, device), fitting, show_progress=False)
         steps = options.steps or own_steps(pipe)
         with tqdm(total=options.num_captions, desc="drawing", unit="picture", disable=None, leave=False) as bar:
 
@@ -80,6 +82,7 @@ def run(options: argparse.Namespace) -> None:
         "steps": steps,
         "guidance": options.guidance,
         "seed": options.seed,
+        "quantization": options.quantization,
         "scores": {name: round(value, 4) for name, value in scores.items()},
     }
     if options.json:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from sana_sprint.cli import screen
-from sana_sprint.cli.arguments import LARGEST_SEED, angles, size, whole_number
+from sana_sprint.cli.arguments import LARGEST_SEED, QUANTIZATIONS, amount, angles, size, whole_number
 from sana_sprint.cli.drawing import Drawn, Job, Request, draw
 from sana_sprint.cli.files import prepare_output
 from sana_sprint.cli.model import DTYPES, EMBEDDED, FLOW_STEPS, SPRINT_STEPS
@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--guidance", type=float, metavar="X", help=f"guidance scale ({_DEFAULT_GUIDANCE})")
     how.add_argument("--dtype", choices=DTYPES, help="number format (auto: bfloat16 on CUDA, else float32)")
     how.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps, .. (auto: the fastest of this machine)")
+
+    how.add_argument(
+        "--memory", type=amount, metavar="SIZE", help="load the model so that it fits a device of so much, such as 8GiB"
+    )
+    how.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="bits of the weights (the model's; with --memory, as many as fit)"
+    )
 
     where = parser.add_argument_group("where to put it")
     where.add_argument("--output", type=Path, metavar="PATH", help="a folder, or a file ending in .png (this folder)")
@@ -101,10 +108,12 @@ def choose_request(options: argparse.Namespace, like: Settings | None) -> Reques
         guidance=like.guidance if like else _DEFAULT_GUIDANCE,
         dtype=like.dtype if like else "auto",
         device=like.device if like else "auto",
+        quantization=like.quantization if like else None,
+        memory=like.memory if like else None,
     )
     if options.steps is not None or options.timesteps is not None:
         request = replace(request, steps=options.steps, timesteps=options.timesteps)
-    names = ("model", "size", "guidance", "dtype", "device")
+    names = ("model", "size", "guidance", "dtype", "device", "quantization", "memory")
     return replace(request, **{name: getattr(options, name) for name in names if getattr(options, name) is not None})
 
 

@@ -31,6 +31,15 @@ class Model:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """How a model is made to fit: see `load_pipeline`. Without either it is loaded as it is."""
+
+    quantization: str | None = None
+    memory: int | None = None  # bytes
+    size: tuple[int, int] | None = None  # width and height of the pictures, pixels
+
+
 def find_model(name: str) -> Model:
     """The pipeline folder behind a name: `embedded`, a folder, or the id of a model on the hub, which is fetched.
 
@@ -112,24 +121,39 @@ def choose_dtype(asked: str, device: "torch.device") -> "torch.dtype":
     return getattr(torch, asked)
 
 
-def load(model: Model, device: "torch.device", dtype: "torch.dtype", show_progress: bool) -> "SanaSprintPipeline":
+def load(
+    model: Model, device: "torch.device", dtype: "torch.dtype", fitting: Fitting, show_progress: bool
+) -> "SanaSprintPipeline":
     """The pipeline on its device, its bars shown or not.
 
-    Raises ValueError or OSError, as diffusers does, if the folder's files do not make a pipeline.
+    Raises ValueError or OSError, as diffusers does, if the folder's files do not make a pipeline, and ValueError if it
+    cannot be made to fit.
     """
     import diffusers
     import transformers
 
-    from sana_sprint import SanaSprintPipeline
+    from sana_sprint import SanaSprintPipeline, load_pipeline
 
     set_bars = (
         diffusers.utils.logging.enable_progress_bar if show_progress else diffusers.utils.logging.disable_progress_bar
     )
     set_bars()
     transformers.utils.logging.disable_progress_bar()
-    pipe = SanaSprintPipeline.from_pretrained(model.folder, torch_dtype=dtype)
+    if fitting.quantization is None and fitting.memory is None:
+        pipe = SanaSprintPipeline.from_pretrained(model.folder, torch_dtype=dtype).to(device)
+    else:
+        width, height = fitting.size or (None, None)
+        pipe = load_pipeline(
+            model.folder,
+            quantization=fitting.quantization,
+            memory=fitting.memory,
+            device=device,
+            dtype=dtype,
+            width=width,
+            height=height,
+        )
     pipe.set_progress_bar_config(disable=not show_progress, leave=False)
-    return pipe.to(device)
+    return pipe
 
 
 def own_steps(pipe: "SanaSprintPipeline") -> int:

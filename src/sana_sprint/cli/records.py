@@ -1,7 +1,7 @@
 """What made a picture, to the text chunk of its PNG and back: everything needed to draw it again."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ class Settings:
     threads: int  # sums on the CPU depend on how many threads share them
     version: str
     torch: str
+    quantization: str | None = None  # None and no memory: loaded as it is
+    memory: int | None = None  # bytes that the loading was planned for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,10 @@ def read_record(path: Path) -> Record:
 
 
 def _parse(values: dict[str, Any]) -> Record:
-    settings = {field.name: values[field.name] for field in fields(Settings)}
+    # A field with a default is younger than the first pictures, which were drawn with that default.
+    defaults = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
+    settings = {field.name: values[field.name] for field in fields(Settings) if field.name not in defaults}
+    settings |= {name: values.get(name, default) for name, default in defaults.items()}
     if settings["timesteps"] is not None:
         settings["timesteps"] = tuple(float(angle) for angle in settings["timesteps"])
     is_sheet = "pictures" in values

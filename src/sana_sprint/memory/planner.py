@@ -125,9 +125,6 @@ def all_plans(networks: Networks, budget: Budget) -> list[MemoryPlan]:
     """Every arrangement that is possible with this budget's kind of device, the best first, whether it fits or not.
 
     A decode that is what does not fit gets the largest tiles with which it does.
-
-    Raises:
-        ValueError: for a size that the autoencoder cannot draw.
     """
     stored = networks.configs.stored_bits()
     chosen = [one for one in ARRANGEMENTS if budget.device is not None or one.placement == "resident"]

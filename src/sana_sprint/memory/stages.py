@@ -46,11 +46,7 @@ class Workload:
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """The three networks of a pipeline, without their weights.
-
-    Raises:
-        ValueError: from everything that runs the autoencoder, if the pictures are no multiple of its compression.
-    """
+    """The three networks of a pipeline, without their weights. Sizes between the latents' cells are rounded up."""
 
     configs: PipelineConfigs
     workload: Workload
@@ -95,10 +91,9 @@ class Networks:
         return _peak(lambda: self.vae.decode(latents))
 
     def _latents(self, channels: int) -> torch.Tensor:
-        ratio, size = self.vae.spatial_compression_ratio, self.workload
-        if size.height % ratio or size.width % ratio:
-            raise ValueError(f"pictures must be a multiple of {ratio} pixels, got {size.width}x{size.height}")
-        return self._empty(size.batch_size, channels, size.height // ratio, size.width // ratio)
+        size = self.workload
+        rows, columns = (-(-pixels // self.vae.spatial_compression_ratio) for pixels in (size.height, size.width))
+        return self._empty(size.batch_size, channels, rows, columns)
 
     def _empty_network(self, make: Callable[[], Any]) -> Any:
         with init_empty_weights(include_buffers=True):
