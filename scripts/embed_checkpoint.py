@@ -8,6 +8,7 @@ python scripts/embed_checkpoint.py runs/shapes/checkpoint runs/shapes/scores.jso
 import argparse
 import json
 import shutil
+import textwrap
 from pathlib import Path
 
 DESTINATION = Path(__file__).parent.parent / "src" / "sana_sprint" / "assets" / "shapes-base"
@@ -21,44 +22,43 @@ def score_table(evaluation: dict) -> str:
     return f"| {titles} |\n|{' --- |' * len(scores)}\n| {values} |"
 
 
-def _origin(record: dict) -> str:
-    start = record["started_from"]
-    if start is None:
-        return ""
-    steps = start["recipe"]["flow"]["optimiser"]["steps"]
-    return f"""
-
-CHECKPOINT is an earlier one of this recipe, made by `{start["command"]}` in {steps:,} flow steps. Its autoencoder is
-the one here, and its transformer is where this one's training began; its record is `started_from` in
-`training.json`."""
+def flow_steps(record: dict) -> list[int]:
+    """Steps of the flow stage, of the checkpoints that training began from and then of this one."""
+    origin = record.get("started_from")
+    earlier = flow_steps(origin) if origin else []
+    return [*earlier, record["recipe"]["flow"]["optimiser"]["steps"]]
 
 
 def model_card(record: dict, evaluation: dict) -> str:
     """What the checkpoint is, how it was made, and how well it draws."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    recipe = record["recipe"]
     seeds = {
-        "pictures": record["recipe"]["pool_seed"],
-        "autoencoder": record["recipe"]["autoencoder"]["optimiser"]["seed"],
-        "decoder": record["recipe"]["autoencoder"]["decoder_optimiser"]["seed"],
-        "language": record["recipe"]["language"]["optimiser"]["seed"],
-        "flow": record["recipe"]["flow"]["optimiser"]["seed"],
-        "guidance": record["recipe"]["flow"]["guidance_optimiser"]["seed"],
+        "pictures": recipe["pool_seed"],
+        "autoencoder": recipe["autoencoder"]["optimiser"]["seed"],
+        "decoder": recipe["autoencoder"]["decoder_optimiser"]["seed"],
+        "language": recipe["language"]["optimiser"]["seed"],
+        "flow": recipe["flow"]["optimiser"]["seed"],
+        "guidance": recipe["flow"]["guidance_optimiser"]["seed"],
     }
-    return f"""# shapes-base
-
-A SANA-Sprint pipeline in small, trained from nothing by this repository on drawn shapes: 64×64 pixels, bfloat16,
-Apache-2.0. It knows circles, squares, triangles, stars and crosses, eight colours, two sizes, four grounds, numbers to
-three, and left of, right of, above and below.
-
-Made by `{record["command"]}`, with {versions}. Seeds: {", ".join(f"{name} {seed}" for name, seed in seeds.items())}.
-All settings, and the losses of every stage, are in `training.json`.{_origin(record)}
-
-The autoencoder reconstructs training pictures at {record["reconstruction_decibels"]} dB. Share of
-{evaluation["num_captions"]} held-out captions that the judge finds drawn, at {evaluation["steps"]} steps and guidance
-{evaluation["guidance"]} (`sana-sprint evaluate`):
-
-{score_table(evaluation)}
-"""
+    *earlier, _ = steps = [f"{count:,}" for count in flow_steps(record)]
+    paragraphs = [
+        "A SANA-Sprint pipeline in small, trained from nothing by this repository on drawn shapes: 64×64 pixels,"
+        " bfloat16, Apache-2.0. It knows circles, squares, triangles, stars and crosses, eight colours, two sizes, four"
+        " grounds, numbers to three, and left of, right of, above and below.",
+        f"Made by `{record['command']}`, with {versions}. Seeds: "
+        + ", ".join(f"{name} {seed}" for name, seed in seeds.items())
+        + ". All settings, and the losses of every stage, are in `training.json`.",
+        f"CHECKPOINT is an earlier one of this recipe. In all there were {' + '.join(steps)} flow steps; what each"
+        " stage began from is `started_from` in `training.json`."
+        if earlier
+        else "",
+        f"The autoencoder reconstructs training pictures at {record['reconstruction_decibels']} dB. Share of"
+        f" {evaluation['num_captions']} held-out captions that the judge finds drawn, at {evaluation['steps']} steps"
+        f" and guidance {evaluation['guidance']} (`sana-sprint evaluate`):",
+    ]
+    filled = [textwrap.fill(text, 120, break_on_hyphens=False) for text in paragraphs if text]
+    return "\n\n".join(["# shapes-base", *filled, score_table(evaluation)]) + "\n"
 
 
 def main() -> None:

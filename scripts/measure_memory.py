@@ -6,8 +6,9 @@ python scripts/measure_memory.py decoding FOLDER --size 4096   peak of a decode 
 python scripts/measure_memory.py quantising FOLDER             errors and bytes in 8 and 4 bits, by both rules
 python scripts/measure_memory.py tiling                        error of a decode in tiles against the whole picture
 
-Each adds its result to the JSON file of --output. Peaks are of the process's resident memory (VmHWM), so only Linux has
-them, and each is measured in a process of its own.
+Each adds its result to the JSON file of --output. Peaks are of the resident memory of a process of its own, so only
+Linux has them. The pages of a file of weights that is mapped count as resident too, although the kernel takes them back
+when it needs room; "own" is the peak without them.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,10 +45,23 @@ def fill(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
+def status(entry: str) -> int:
+    """Bytes of this process by an entry of its status: "VmHWM", the most that was resident, or "RssAnon"."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(entry))
+
+
+class OwnPeak(threading.Thread):
+    """From its start on, looks a hundred times a second at what is resident beside mapped files."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.bytes = 0
+
+    def run(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, status("RssAnon"))
+            time.sleep(0.01)
 
 
 def in_a_process(*arguments: str) -> dict[str, Any]:
@@ -87,13 +102,15 @@ def load_and_draw(folder: Path, quantization: str) -> dict[str, Any]:
     """Peaks of one process that loads the pipeline and draws a picture of 1024 pixels in one step."""
     import sana_sprint
 
-    imported = peak_bytes()
+    own, peaks = OwnPeak(), {"imports": status("VmHWM")}
+    own.start()
     pipe = sana_sprint.load_pipeline(folder, quantization=quantization, device="cpu", memory="1TB")
-    peaks = {"planned": pipe.memory_plan.peak, "imports": imported, "loaded": peak_bytes()}
+    peaks |= {"planned": pipe.memory_plan.peak, "loaded": status("VmHWM"), "loaded, own": own.bytes}
     pipe.set_progress_bar_config(disable=True)
     started = time.monotonic()
     pipe("a red circle left of a blue square", num_inference_steps=1)
-    return {**peaks, "drawn": peak_bytes(), "seconds": round(time.monotonic() - started, 1)}
+    seconds = round(time.monotonic() - started, 1)
+    return {**peaks, "drawn": status("VmHWM"), "drawn, own": own.bytes, "seconds": seconds}
 
 
 def measure_loading(folder: Path) -> dict[str, Any]:
@@ -113,9 +130,9 @@ def decode(folder: Path, case: str, size: int) -> dict[str, Any]:
         vae.disable_strips()
     for parameter in vae.parameters():
         parameter.data = parameter.data.clone()  # out of the file
-    before, started = peak_bytes(), time.monotonic()
+    before, started = status("VmHWM"), time.monotonic()
     vae.decode(torch.randn(1, 32, size // 32, size // 32).bfloat16())
-    return {"above the weights": peak_bytes() - before, "seconds": round(time.monotonic() - started, 1)}
+    return {"above the weights": status("VmHWM") - before, "seconds": round(time.monotonic() - started, 1)}
 
 
 def measure_decoding(folder: Path, size: int) -> dict[str, Any]:
