@@ -8,7 +8,14 @@ from diffusers import BitsAndBytesConfig
 
 from sana_sprint import AutoencoderDC, SanaTransformer2DModel, embedded_checkpoint
 from sana_sprint.memory.configs import PUBLISHED, read_configs
-from sana_sprint.memory.stages import Networks, Workload, streamed_bytes, unpacked_bytes, weight_bytes
+from sana_sprint.memory.stages import (
+    Networks,
+    Workload,
+    largest_layer_bytes,
+    streamed_bytes,
+    unpacked_bytes,
+    weight_bytes,
+)
 from sana_sprint.memory.tracker import PeakBytes
 
 CONFIGS = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}}
@@ -83,6 +90,11 @@ def test_sizes_between_the_cells_of_the_latents_are_rounded_up(small):
 def test_under_group_offload_there_are_two_blocks_and_what_is_in_no_block(small):
     blocks = [weight_bytes(block) for block in small.transformer.transformer_blocks]
     assert streamed_bytes(small.transformer) == weight_bytes(small.transformer) - sum(blocks) + 2 * blocks[0]
+
+
+def test_layers_that_come_and_go_by_themselves_take_as_much_as_the_largest(small):
+    largest = max(small.vae.modules(), key=lambda layer: 0 if any(layer.children()) else weight_bytes(layer))
+    assert largest_layer_bytes(small.vae) == sum(parameter.numel() * 2 for parameter in largest.parameters())
 
 
 def test_four_bits_unpack_one_matrix_at_a_time(small):

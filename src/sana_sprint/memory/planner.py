@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sana_sprint.memory.stages import Networks, streamed_bytes, unpacked_bytes, weight_bytes
+from sana_sprint.memory.stages import Networks, largest_layer_bytes, streamed_bytes, unpacked_bytes, weight_bytes
 from sana_sprint.sizes import readable_bytes
 
 Bits = Literal[16, 8, 4]
@@ -199,6 +199,7 @@ def _plan(networks: Networks, arrangement: Arrangement, budget: Budget) -> Memor
         on_device = weights
         if placement == "group offload":
             on_device = {name: streamed_bytes(module) for name, module in modules.items()}
+            on_device["vae"] = largest_layer_bytes(modules["vae"])  # its blocks run in strips, not one after the other
     stages = {stage: StageBytes(on_device[name], work[name]) for stage, name in zip(STAGES, NETWORKS, strict=True)}
     to_quantise = () if arrangement.bits == 16 else tuple(name for name in quantised if name not in stored)
     return MemoryPlan(arrangement, stages, host, budget, to_quantise)

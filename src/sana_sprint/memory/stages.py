@@ -145,8 +145,13 @@ def unpacked_bytes(module: nn.Module, bits: int) -> int:
     return max(layer.weight.numel() * layer.weight.dtype.itemsize for layer in _quantised(module))
 
 
+def largest_layer_bytes(module: nn.Module) -> int:
+    """Of the weights on the device at once where each layer's come and go by themselves."""
+    return max(weight_bytes(layer) for layer in module.modules() if not any(layer.children()))
+
+
 def streamed_bytes(module: nn.Module) -> int:
-    """Of the weights on the device at once under group offload: all that is in no list of blocks, and two blocks."""
+    """Of the weights on the device at once where blocks come and go: two, and all that is in no list of blocks."""
     total = weight_bytes(module)
     for blocks in module.children():
         if isinstance(blocks, (nn.ModuleList, nn.Sequential)):
