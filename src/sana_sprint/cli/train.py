@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start-from",
         metavar="CHECKPOINT",
-        help="go on from a checkpoint of this recipe, such as embedded: its autoencoder is kept, its transformer is"
-        " trained further (none: train everything)",
+        help="go on from a checkpoint of this recipe, such as embedded: its autoencoder and its language model are"
+        " kept, its transformer is trained further (none: train everything)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, .. (%(default)s)")
     parser.add_argument(
