@@ -15,7 +15,9 @@ _HOMES = {
     "SanaTransformer2DModel": "sana_sprint.transformer.model",
     "embedded_checkpoint": "sana_sprint.assets",
     "load_pipeline": "sana_sprint.memory.loading",
+    "load_prompt_embeds": "sana_sprint.text.storage",
     "register": "sana_sprint.plugin",
+    "save_prompt_embeds": "sana_sprint.text.storage",
     "unregister": "sana_sprint.plugin",
 }
 
@@ -28,7 +30,9 @@ __all__ = [
     "__version__",
     "embedded_checkpoint",
     "load_pipeline",
+    "load_prompt_embeds",
     "register",
+    "save_prompt_embeds",
     "unregister",
 ]
 
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from sana_sprint.pipelines.output import SanaPipelineOutput
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
     from sana_sprint.plugin import register, unregister
+    from sana_sprint.text.storage import load_prompt_embeds, save_prompt_embeds
     from sana_sprint.transformer.model import SanaTransformer2DModel
     from sana_sprint.trigflow.scheduler import SCMScheduler
 
@@ -46,8 +51,6 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # diffusers imports bitsandbytes, so this comes before diffusers.
-    import_module("sana_sprint.plugin").silence_notices()
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value  # the next use does not come through here
     return value
@@ -55,3 +58,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+# bitsandbytes speaks when it is imported, and diffusers imports it: so this comes before every module of ours.
+import_module("sana_sprint.plugin").silence_notices()

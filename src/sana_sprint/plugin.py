@@ -34,8 +34,13 @@ CLASSES = {
 
 AUTO_PIPELINE_KEY = "sana-sprint"
 
-# diffusers' names of what we quantise our models with, and the classes of `sana_sprint.quantisation.quantisers`.
-QUANTISERS = {"bitsandbytes_8bit": "Quantiser8bit", "bitsandbytes_4bit": "Quantiser4bit"}
+# diffusers' names of what we quantise our models with, and modules of `sana_sprint.quantisation` with our classes.
+QUANTISERS = {
+    "bitsandbytes_8bit": ("quantisers", "Quantiser8bit"),
+    "bitsandbytes_4bit": ("quantisers", "Quantiser4bit"),
+    "torchao": ("others", "QuantiserTorchAo"),
+    "quanto": ("others", "QuantiserQuanto"),
+}
 
 # diffusers recognises what it may load by base classes that it looks up beside the component's own class.
 _BASE_CLASSES = ("ModelMixin", "SchedulerMixin")
@@ -108,7 +113,9 @@ class PublishedPipeline:
         Args:
             pretrained_model_name_or_path: The folder, or the repository as "owner/name".
             **kwargs: As for diffusers' `DiffusionPipeline.from_pretrained`: `dtype` (or `torch_dtype`), `variant`,
-                `device_map`, `quantization_config`, components by name, and so on.
+                `device_map`, `quantization_config`, components by name, and so on. Beside "balanced", "cuda" and
+                "cpu", `device_map` takes devices by component, such as {"transformer": "cuda", "vae": "cuda"}: "" in
+                it stands for the components that are not named, which are on the CPU without it.
         """
         if kwargs.get("dtype") is None and "torch_dtype" in kwargs:
             # The older name of the argument. It still works, and diffusers would warn of it.
@@ -148,6 +155,17 @@ class PublishedPipeline:
             return self
         return super().to(*args, **kwargs)  # type: ignore[misc]
 
+    def device_of(self, name: str) -> Any:
+        """The device that a network computes on, by the component's name; offloaded weights wait on another."""
+        network = getattr(self, name)
+        groups = import_module("diffusers.hooks.group_offloading")
+        if groups._is_group_offload_enabled(network):
+            return groups._get_group_onload_device(network)
+        hooks = (getattr(module, "_hf_hook", None) for module in network.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        device = next((device for device in devices if device is not None), network.device)
+        return import_module("torch").device(device)
+
 
 class QuantisedModel:
     """Mixin, ahead of diffusers' ModelMixin, whose loader knows no quantisers but diffusers'."""
@@ -158,11 +176,31 @@ class QuantisedModel:
 
         Args:
             pretrained_model_name_or_path: The folder, or the repository as "owner/name".
-            **kwargs: As for diffusers' `ModelMixin.from_pretrained`. With a `quantization_config` of bitsandbytes, or
-                of a folder that has one, `sana_sprint.quantisation.quantisers` says what is quantised.
+            **kwargs: As for diffusers' `ModelMixin.from_pretrained`. With a `quantization_config`, or that of a folder,
+                for bitsandbytes, torchao or Quanto, `sana_sprint.quantisation` says what is quantised.
         """
         with _our_quantisers():
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast the model, as diffusers does; returns the model."""
+        if kwargs.get("dtype") is None:
+            # No cast: diffusers saves adapters with it, and refuses to cast a quantised model.
+            kwargs.pop("dtype", None)
+        return super().to(*args, **kwargs)  # type: ignore[misc]
+
+    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the weights in another dtype than they compute in, as diffusers does.
+
+        Raises:
+            ValueError: for a quantised model, of which it would round just what quantisation leaves exact.
+        """
+        if getattr(self, "is_quantized", False):
+            raise ValueError(
+                f"{type(self).__name__} is quantised, and its weights are not stored in another dtype: load it without"
+                " quantization_config for layerwise casting"
+            )
+        super().enable_layerwise_casting(*args, **kwargs)  # type: ignore[misc]
 
 
 @contextmanager
@@ -176,8 +214,8 @@ def _our_quantisers() -> Iterator[None]:
             if threading.get_ident() != thread:
                 return theirs(*args, **kwargs)
             # Looked up late, like all above this module; and bitsandbytes takes seconds to import.
-            quantisers = import_module("sana_sprint.quantisation.quantisers")
-            return getattr(quantisers, QUANTISERS[method])(*args, **kwargs)
+            module, name = QUANTISERS[method]
+            return getattr(import_module(f"sana_sprint.quantisation.{module}"), name)(*args, **kwargs)
 
         return choose
 
@@ -190,6 +228,35 @@ def _our_quantisers() -> Iterator[None]:
             table.update(theirs)
 
 
+def fill_quantised(
+    model: Any, tensors: Mapping[str, Any], quantization_config: Any, dtype: Any = None, device: Any = None
+) -> Any:
+    """A model on the meta device with tensors in it, quantised one by one; returns the model.
+
+    Args:
+        model: as its class makes it from a config.
+        tensors: every one of its state dict, by name; looked up one after the other.
+        quantization_config: of diffusers.
+        dtype: of what is not quantised; the quantiser's choice if None.
+        device: where all of it goes; the quantiser's choice if None.
+    """
+    fill = import_module("diffusers.models.model_loading_utils").load_model_dict_into_meta
+    with _our_quantisers():
+        choose = import_module("diffusers.quantizers.auto").DiffusersAutoQuantizer.from_config
+        quantiser = choose(quantization_config, pre_quantized=False)
+    device_map = None if device is None else {"": import_module("torch").device(device)}
+    quantiser.validate_environment(device_map=device_map)
+    dtype = quantiser.update_torch_dtype(dtype)
+    device_map = quantiser.update_device_map(device_map)
+    quantiser.preprocess_model(model=model, device_map=device_map, keep_in_fp32_modules=[])
+    fill(model, tensors, dtype=dtype, device_map=device_map, hf_quantizer=quantiser)
+    if device_map is not None:
+        import_module("accelerate").dispatch_model(model, device_map)
+    quantiser.postprocess_model(model)
+    model.hf_quantizer = quantiser
+    return model
+
+
 class SingleFileModel:
     """Mixin, ahead of diffusers' FromOriginalModelMixin, whose own loader knows no class but diffusers'."""
 
@@ -200,8 +267,8 @@ class SingleFileModel:
         Args:
             pretrained_model_link_or_path_or_dict: The file, a link to one on the hub, or a state dict.
             **kwargs: As for diffusers' `from_single_file`: `config`, `dtype` (or `torch_dtype`), `device`,
-                `revision` and so on, and entries of the config, such as `sample_size`. Those that
-                `sana_sprint.checkpoints.single_file.load_single_file` does not list are refused.
+                `quantization_config`, `revision` and so on, and entries of the config, such as `sample_size`. Those
+                that `sana_sprint.checkpoints.single_file.load_single_file` does not list are refused.
         """
         # Looked up late: this module is the lowest of all, and checkpoints stand above the models.
         load = import_module("sana_sprint.checkpoints.single_file").load_single_file

@@ -1,4 +1,4 @@
-"""The tiny pipeline as ours and as diffusers', with the same weights, and the arguments that keep a call short."""
+"""The tiny pipeline as ours and as diffusers', with the same weights, quantised too, and short calls' arguments."""
 
 from copy import deepcopy
 from typing import Any
@@ -9,8 +9,10 @@ import diffusers.pipelines.sana.pipeline_sana_sprint as their_pipeline
 import diffusers.schedulers.scheduling_scm as their_scheduler
 import pytest
 import torch
+from diffusers import PipelineQuantizationConfig
+from transformers import Gemma2Config, Gemma2Model
 
-from sana_sprint import SanaSprintPipeline, SCMScheduler
+from sana_sprint import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +67,66 @@ def seeded():
         return torch.Generator().manual_seed(seed)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tiny_pipeline_parts, tmp_path_factory) -> str:
+    """The tiny pipeline with a transformer and a text encoder that are wide enough for weights of 4 bits."""
+    torch.manual_seed(2)
+    text_config = Gemma2Config(
+        vocab_size=len(tiny_pipeline_parts["tokenizer"]),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        initializer_range=0.1,
+    )
+    transformer = SanaTransformer2DModel.from_config(
+        tiny_pipeline_parts["transformer"].config,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=32,
+        cross_attention_dim=128,
+        caption_channels=64,
+    )
+    parts = {"text_encoder": Gemma2Model(text_config).eval(), "transformer": transformer.eval()}
+    where = tmp_path_factory.mktemp("wide") / "pipeline"
+    SanaSprintPipeline(**{**tiny_pipeline_parts, **parts}).save_pretrained(where)
+    return str(where)
+
+
+@pytest.fixture
+def load_wide(wide_folder):
+    """Loads that pipeline in bfloat16, transformer and text encoder quantised to so many bits where 8 or 4 are asked.
+
+    Its autoencoder works in strips in every picture of more than 16 rows.
+    """
+
+    def load(bits: int = 16, **options: Any) -> SanaSprintPipeline:
+        if bits != 16:
+            settings = {f"load_in_{bits}bit": True}
+            if bits == 4:
+                settings["bnb_4bit_compute_dtype"] = torch.bfloat16
+            options["quantization_config"] = PipelineQuantizationConfig(
+                f"bitsandbytes_{bits}bit", settings, components_to_quantize=["transformer", "text_encoder"]
+            )
+        pipeline = SanaSprintPipeline.from_pretrained(wide_folder, **{"torch_dtype": torch.bfloat16, **options})
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.vae.enable_strips(rows=16)
+        return pipeline
+
+    return load
+
+
+@pytest.fixture
+def draw(short):
+    """Draws a picture of 128 rows, always from the same seed; returns it on the CPU in float32."""
+
+    def picture_of(pipeline: SanaSprintPipeline, **arguments: Any) -> torch.Tensor:
+        asked = {"prompt": "a red circle", **short, "height": 128, "output_type": "pt", **arguments}
+        return pipeline(**asked, generator=torch.Generator().manual_seed(0)).images.float().cpu()
+
+    return picture_of

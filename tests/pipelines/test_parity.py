@@ -91,6 +91,7 @@ def test_given_latents_and_embeddings_give_diffusers_result(pipe, their_pipe, sh
 
 
 def test_encode_prompt_gives_diffusers_embeddings_for_one_image_per_prompt(pipe, their_pipe):
+    pipe.text_cache = None  # with it, what the mask leaves out is zero
     ours = pipe.encode_prompt([CIRCLE, ASTRONAUT], max_sequence_length=16)
     theirs = their_pipe.encode_prompt([CIRCLE, ASTRONAUT], max_sequence_length=16)
     assert_close(ours, theirs, **CLOSE)

@@ -3,8 +3,10 @@
 B batch, C latent channels, H W pixels, r compression ratio.
 """
 
+import inspect
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -171,6 +173,15 @@ class AutoencoderDC(
         self.tile_sample_min_height, self.tile_sample_stride_height = height
         self.tile_sample_min_width, self.tile_sample_stride_width = width
         self.use_tiling = True
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Move weights to where they compute in groups, as diffusers does; each layer is a group, whatever is asked.
+
+        diffusers' blocks are fetched when `forward` runs, of the autoencoder or of a block. `encode`, `decode` and
+        strips run the layers themselves.
+        """
+        bound = inspect.signature(super().enable_group_offload).bind(*args, **kwargs)
+        super().enable_group_offload(**{**bound.arguments, "offload_type": "leaf_level"})
 
     def enable_strips(self, rows: int | None = None) -> None:
         """Encode and decode pictures strip by strip where the network is local: less memory, the same result.

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.image_processor import PixArtImageProcessor
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC as DiffusersAutoencoderDC
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel as DiffusersSanaTransformer2DModel
@@ -32,7 +32,9 @@ from sana_sprint.pipelines.checks import (
 from sana_sprint.pipelines.clock import Clock, clock_for
 from sana_sprint.pipelines.images import OUTPUT_TYPES, choose_canvas, fit_to_canvas
 from sana_sprint.pipelines.output import SanaPipelineOutput
+from sana_sprint.pipelines.placement import PlacedPipeline
 from sana_sprint.plugin import PublishedPipeline
+from sana_sprint.text.cache import TextCache
 from sana_sprint.text.encoder import check_embeds, check_prompt, encode_prompts, repeat_for_images
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
@@ -64,7 +66,7 @@ def _scaled_lora(text_encoder: torch.nn.Module, scale: float | None) -> Iterator
         unscale_lora_layers(text_encoder, scale)
 
 
-class SprintPipeline(PublishedPipeline, DiffusionPipeline):
+class SprintPipeline(PublishedPipeline, PlacedPipeline):
     """The stages of every SANA-Sprint pipeline.
 
     A pipeline adds `__call__`, which puts its arguments into a `Call` and hands that to `draw`, and two hooks:
@@ -76,6 +78,10 @@ class SprintPipeline(PublishedPipeline, DiffusionPipeline):
         vae: Ours or diffusers'. With None, calls need `output_type="latent"`.
         transformer: Ours or diffusers'.
         scheduler: SCMScheduler, ours or diffusers', or a flow-matching scheduler of diffusers.
+
+    Attributes:
+        text_cache: What the text encoder has read before, instruction and prompts. None to read everything in each
+            call, which gives the same embeddings up to float rounding.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -103,6 +109,7 @@ class SprintPipeline(PublishedPipeline, DiffusionPipeline):
         # Public attributes in diffusers. Without an autoencoder, the factor of the published ones.
         self.vae_scale_factor = 32 if vae is None else 2 ** (len(vae.config.encoder_block_out_channels) - 1)
         self.image_processor = PixArtImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.text_cache: TextCache | None = TextCache()
 
     @property
     def guidance_scale(self) -> float | None:
@@ -233,9 +240,7 @@ class SprintPipeline(PublishedPipeline, DiffusionPipeline):
             raise ValueError("prompt_attention_mask belongs to prompt_embeds, got it with a prompt")
         whole_number("max_sequence_length", call.max_sequence_length)
         if call.prompt_embeds is None:
-            if self.text_encoder is None or self.tokenizer is None:
-                raise ValueError("a pipeline without text_encoder or tokenizer needs prompt_embeds, got prompt")
-            return len(check_prompt(call.prompt))  # type: ignore[arg-type]  # refuses None
+            return len(self._check_prompt(call.prompt))
         check_embeds(call.prompt_embeds, call.prompt_attention_mask)
         count, _, width = call.prompt_embeds.shape
         wanted = self.transformer.config.caption_channels
@@ -245,6 +250,13 @@ class SprintPipeline(PublishedPipeline, DiffusionPipeline):
             )
         return count
 
+    def _check_prompt(self, prompt: Any) -> list[str]:
+        """A prompt as a list, for a pipeline that can read it."""
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("a pipeline without text_encoder or tokenizer needs prompt_embeds, got prompt")
+        return check_prompt(prompt)
+
+    @torch.no_grad()
     def encode_prompt(
         self,
         prompt: str | Sequence[str] | None,
@@ -257,12 +269,12 @@ class SprintPipeline(PublishedPipeline, DiffusionPipeline):
         complex_human_instruction: Sequence[str] | None = None,
         lora_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts to embeddings and mask, one for each picture, as `__call__` takes them.
+        """Prompts to embeddings and mask, one for each picture, as `__call__` takes them. Without gradients.
 
         Args:
             prompt: One or several.
             num_images_per_prompt: How often each is repeated: all pictures of the first prompt, then of the second.
-            device: Where the text encoder computes; the pipeline's by default.
+            device: Of the result; the transformer's by default. The text encoder computes on its own.
             prompt_embeds, prompt_attention_mask: (prompts, L, D) and (prompts, L), to be repeated only.
             clean_caption: Remove what captions from the web are full of, such as links; needs ftfy and beautifulsoup4.
             max_sequence_length: L. What a prompt has beyond it is cut off, and a warning says what that was.
@@ -270,25 +282,28 @@ class SprintPipeline(PublishedPipeline, DiffusionPipeline):
             lora_scale: Scale of the LoRA layers of the text encoder, if it has any.
 
         Returns:
-            Embeddings (B, L, D) in the text encoder's dtype, and mask (B, L), 1 where there is text.
+            Embeddings (B, L, D) in the text encoder's dtype, and mask (B, L), 1 where there is text and 0 where the
+            embeddings mean nothing.
 
         Raises:
-            ValueError: if prompts or embeddings are not what is described here.
+            ValueError: if prompts or embeddings are not what is described here, or for a prompt without text encoder.
         """
         device = self._execution_device if device is None else device
         if prompt_embeds is None:
+            prompts = self._check_prompt(prompt)
             if lora_scale is not None:
                 self._lora_scale = lora_scale  # diffusers contract: what `lora_scale` of the LoRA mixin returns
             with _scaled_lora(self.text_encoder, lora_scale):
                 prompt_embeds, prompt_attention_mask, cut = encode_prompts(
                     self.tokenizer,
                     self.text_encoder,
-                    check_prompt(prompt),  # type: ignore[arg-type]  # refuses None
-                    device=device,
+                    prompts,
+                    device=self.device_of("text_encoder"),
                     dtype=self.text_encoder.dtype,
                     max_sequence_length=max_sequence_length,
                     instruction=complex_human_instruction,
                     clean_caption=clean_caption,
+                    cache=self.text_cache,
                 )
             for lost in filter(None, cut):
                 logger.warning(
@@ -383,7 +398,7 @@ class SprintPipeline(PublishedPipeline, DiffusionPipeline):
         Raises:
             torch.OutOfMemoryError: if there is not enough memory even for one tile of one picture.
         """
-        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        latents = latents.to(self.device_of("vae"), self.vae.dtype) / self.vae.config.scaling_factor
         try:
             return self.vae.decode(latents, return_dict=False)[0]
         except torch.OutOfMemoryError:

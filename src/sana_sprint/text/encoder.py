@@ -5,15 +5,16 @@ B prompts, L text tokens that are kept, C width of the text encoder.
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sana_sprint.text.cache import Kept, TextCache
 from sana_sprint.text.cleaning import normalise
 from sana_sprint.text.instruction import instruction_prefix
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from sana_sprint.text.prefix import read_behind, shared_length
+from sana_sprint.text.tokens import Tokens, tokenize
 
 
 class PromptEmbeddings(NamedTuple):
@@ -100,37 +101,35 @@ def drop_padding(
     return prompt_embeds, None if is_text[:, used].all() else prompt_attention_mask
 
 
-def _tokenize(
-    tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int
-) -> tuple[torch.Tensor, torch.Tensor, tuple[str | None, ...]]:
-    """Token ids and mask (B, length), padded on the right, and of each text what did not fit."""
-    # The side is an argument, so that the caller's tokenizer keeps its own: Gemma's pads on the left by default.
-    padded = tokenizer(
-        texts,
-        padding="max_length",
-        padding_side="right",
-        max_length=length,
-        truncation=True,
-        return_tensors="pt",
-    )
-
-    room = length - tokenizer.num_special_tokens_to_add(pair=False)
-    cut: list[str | None] = []
-    for text, is_full in zip(texts, padded.attention_mask.all(dim=1).tolist(), strict=True):
-        # Only a text that fills its row can have been cut, and most do not: they are not tokenized again.
-        excess = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[room:] if is_full else []
-        cut.append(str(tokenizer.decode(excess)) if excess else None)
-    return padded.input_ids, padded.attention_mask, tuple(cut)
+def _read_whole(text_encoder: PreTrainedModel, tokens: Tokens, device: torch.device) -> torch.Tensor:
+    """Last states (B, L, C) of the tokens that are kept; every token is read, padding too."""
+    # Nothing is generated, so no keys and values are needed.
+    states = text_encoder(tokens.ids.to(device), attention_mask=tokens.mask.to(device), use_cache=False)[0]
+    return tokens.select(states.to(device))
 
 
-def _first_and_last(tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """(B, N, ...) to (B, length, ...): the start-of-text token, then the last ones."""
-    return torch.cat([tokens[:, :1], tokens[:, tokens.shape[1] - (length - 1) :]], dim=1)
+def _read_new(text_encoder: PreTrainedModel, tokens: Tokens, device: torch.device, kept: Kept) -> torch.Tensor:
+    """The same (B, K, C) for the K <= L columns that are text in any row, zero where they are padding.
+
+    Read is only what an instruction that is kept does not begin with.
+    """
+    rows = tokens.rows()
+    shared, longest = shared_length(tokens.instruction, rows), max(map(len, rows))
+    ids, mask = tokens.ids[:, shared:longest].to(device), tokens.mask[:, shared:longest].to(device)
+    if shared:
+        prefix = kept.prefix(text_encoder, tokens.ids[:1, :shared].to(device))
+        states = read_behind(text_encoder, prefix, ids, mask).to(device)
+        first = prefix.states[:, :1].to(device).expand(len(ids), -1, -1)
+    else:
+        states = text_encoder(ids, attention_mask=mask, use_cache=False)[0].to(device)
+        first = states[:, :1]
+    states = states.masked_fill(mask[:, :, None] == 0, 0)
+    return torch.cat([first, states[:, tokens.start - shared :]], dim=1)
 
 
 def encode_prompts(
-    tokenizer: "PreTrainedTokenizerBase",
-    text_encoder: "PreTrainedModel",
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
     prompts: str | Sequence[str],
     *,
     device: torch.device | str,
@@ -138,6 +137,7 @@ def encode_prompts(
     max_sequence_length: int = 300,
     instruction: Sequence[str] | None = None,
     clean_caption: bool = False,
+    cache: TextCache | None = None,
 ) -> PromptEmbeddings:
     """The last hidden state of the text encoder for each prompt, with an instruction read before it.
 
@@ -154,6 +154,8 @@ def encode_prompts(
         max_sequence_length: L, the number of tokens kept.
         instruction: Lines before the prompt, such as `instruction.COMPLEX_HUMAN_INSTRUCTION`; None for none.
         clean_caption: Whether to remove what captions from the web are full of: `cleaning.clean_caption`.
+        cache: What was read before, to be read no more. The embeddings are the same up to float rounding, and zero
+            where the mask is. None reads everything, in rows padded to the full length, as diffusers does.
 
     Raises:
         ValueError: for prompts or an instruction that are no strings, or a length below 1.
@@ -161,17 +163,16 @@ def encode_prompts(
     """
     if max_sequence_length < 1:
         raise ValueError(f"max_sequence_length must be at least 1, got {max_sequence_length}")
-    prefix = instruction_prefix(instruction)
-    texts = [prefix + normalise(text, clean_caption) for text in check_prompt(prompts)]
-    # Two of the instruction's tokens have a place among the L: the first one and the last one.
-    length = max_sequence_length + (len(tokenizer.encode(prefix)) - 2 if prefix else 0)
-
-    input_ids, mask, cut = _tokenize(tokenizer, texts, length)
-    mask = mask.to(device)
-    # Nothing is generated, so no keys and values are kept.
-    hidden_states = text_encoder(input_ids.to(device), attention_mask=mask, use_cache=False)[0]
-    return PromptEmbeddings(
-        embeds=_first_and_last(hidden_states.to(device, dtype), max_sequence_length),
-        mask=_first_and_last(mask, max_sequence_length),
-        cut=cut,
-    )
+    device = torch.device(device)
+    texts = [normalise(text, clean_caption) for text in check_prompt(prompts)]
+    tokens = tokenize(tokenizer, instruction_prefix(instruction), texts, max_sequence_length)
+    mask = tokens.select(tokens.mask).to(device)
+    kept = None if cache is None else cache.kept(text_encoder, device)
+    if kept is None:
+        embeds = _read_whole(text_encoder, tokens, device).to(dtype)
+    else:
+        states = kept.prompts.get(tokens.key(), lambda: _read_new(text_encoder, tokens, device, kept))
+        # Never the tensor that is kept: callers may edit theirs.
+        embeds = torch.zeros(*mask.shape, states.shape[-1], device=device, dtype=dtype)
+        embeds[:, : states.shape[1]] = states
+    return PromptEmbeddings(embeds, mask, tokens.cut)

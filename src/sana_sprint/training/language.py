@@ -17,6 +17,8 @@ from sana_sprint.shapes.captions import parse
 from sana_sprint.shapes.questions import NUM_ANSWERS, answers
 from sana_sprint.text.cleaning import normalise
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_prefix
+from sana_sprint.text.prefix import read_behind as read_behind_prefix
+from sana_sprint.text.prefix import read_prefix
 from sana_sprint.training.loop import Draws, OptimiserSettings, train
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
@@ -71,16 +73,9 @@ def tokenize_behind(
 def read_behind(
     model: Gemma2Model, instruction: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last states of an instruction (1, P) and of captions (B, L) behind it.
-
-    The instruction is ten times as long as a caption and always the same: it is read once, and its keys and values
-    serve all captions.
-    """
-    read = model(instruction, use_cache=True)
-    cache = read.past_key_values
-    cache.batch_repeat_interleave(len(ids))
-    whole_mask = torch.cat([mask.new_ones(len(ids), instruction.shape[1]), mask], dim=1)
-    return read.last_hidden_state, model(ids, attention_mask=whole_mask, past_key_values=cache).last_hidden_state
+    """Last states of an instruction (1, P) and of captions (B, L) behind it; the instruction is read once for all."""
+    prefix = read_prefix(model, instruction)
+    return prefix.states, read_behind_prefix(model, prefix, ids, mask)
 
 
 @dataclass(frozen=True)
