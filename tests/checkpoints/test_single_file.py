@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from sana_sprint import AutoencoderDC, SanaTransformer2DModel
 from sana_sprint.checkpoints.convert import Conversion, convert
+from sana_sprint.quantisation.layers import QuantisedLayer
 
 TRANSFORMERS = ["sana", "sana-1.5", "teacher", "sprint", "sprint-bare", "sana-2k"]
 AUTOENCODERS = ["dc-ae-sana", "dc-ae-lite", "dc-ae-f32", "dc-ae-f64", "dc-ae-f128"]
@@ -100,9 +101,42 @@ def test_what_the_tensors_cannot_tell_comes_from_a_config_or_a_keyword(reduced, 
     assert (known.config.sample_size, known.config.guidance_embeds_scale) == (16, 0.2)
 
 
-def test_the_model_does_not_depend_on_the_file_any_more(reduced, store):
-    source = store(reduced("sprint"))
-    model = SanaTransformer2DModel.from_single_file(source)
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}], ids=str)
+@pytest.mark.parametrize("name", ["sprint", "dc-ae-sana"])
+def test_a_file_is_quantised_like_the_folder_of_its_conversion(reduced, store, tmp_path, name, options, dtype):
+    cls = SanaTransformer2DModel if name in TRANSFORMERS else AutoencoderDC
+    source, config = store(reduced(name)), diffusers.BitsAndBytesConfig(**options)
+    convert(Conversion(source=source, output=tmp_path / "folder"))
+    model = cls.from_single_file(source, quantization_config=config, torch_dtype=dtype)
+    wanted = cls.from_pretrained(tmp_path / "folder", quantization_config=config, torch_dtype=dtype)
+    assert any(isinstance(module, QuantisedLayer) for module in model.modules())
+    assert [type(module) for module in model.modules()] == [type(module) for module in wanted.modules()]
+    assert_equal(model, wanted)
+    assert settings_of(model) == settings_of(wanted)
+    assert (model.device, model.dtype, model.training) == (wanted.device, wanted.dtype, False)
+    model.save_pretrained(tmp_path / "quantised")
+    assert_equal(cls.from_pretrained(tmp_path / "quantised", torch_dtype=dtype), wanted)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="diffusers' own class would be quantised")
+def test_a_quantised_single_file_leaves_diffusers_as_it_was(reduced, store, tmp_path):
+    config = diffusers.BitsAndBytesConfig(load_in_8bit=True)
+    model = SanaTransformer2DModel.from_single_file(store(reduced("sprint")), quantization_config=config, device="cpu")
+    model.dequantize().save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="No GPU found"):
+        diffusers.SanaTransformer2DModel.from_pretrained(tmp_path, quantization_config=config)
+
+
+@pytest.mark.parametrize(
+    "options", [None, {}, {"llm_int8_has_fp16_weight": True}], ids=["plain", "8 bits", "8 bits of 16"]
+)
+@pytest.mark.parametrize("name", ["sprint", "dc-ae-f32"])
+def test_the_model_does_not_depend_on_the_file_any_more(reduced, store, name, options):
+    source = store(reduced(name))
+    cls = SanaTransformer2DModel if name in TRANSFORMERS else AutoencoderDC
+    config = options if options is None else diffusers.BitsAndBytesConfig(load_in_8bit=True, **options)
+    model = cls.from_single_file(source, quantization_config=config, dtype=torch.float32)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with source.open("r+b") as stream:
         stream.write(bytes(source.stat().st_size))
@@ -145,8 +179,7 @@ def test_registered_classes_read_sprint_too(reduced, store):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"quantization_config": object()}, "takes no quantization_config here; convert the file"),
-        ({"device_map": "auto"}, "takes no device_map here"),
+        ({"device_map": "auto"}, "takes no device_map here; convert the file"),
         ({"original_config": "model.yaml"}, "takes no original_config here"),
         ({"sample_sise": 16}, "no such setting: sample_sise"),
     ],

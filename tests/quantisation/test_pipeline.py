@@ -8,7 +8,9 @@ import diffusers
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig as DiffusersBitsAndBytesConfig
-from diffusers import PipelineQuantizationConfig
+from diffusers import PipelineQuantizationConfig, QuantoConfig, TorchAoConfig
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from transformers import AutoModel, Gemma2Config, Gemma2Model
 from transformers import BitsAndBytesConfig as BitsAndBytesConfig
 
@@ -132,6 +134,65 @@ def test_a_pipeline_is_quantised_as_it_loads(pipeline_folder, exact_latents, err
     assert bool(dict(quantised_layers(pipe.vae))) == (kind == "all in 8 bits")
     assert 0 < error_of(latents_of(pipe), exact_latents) < (0.05 if kind == "all in 8 bits" else 0.25)
     assert pipe(PROMPT).images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("package", ["torchao", "optimum.quanto"])
+def test_a_pipeline_is_quantised_by_another_package_as_it_loads(pipeline_folder, exact_latents, error_of, package):
+    pytest.importorskip(package)
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        components = {name: TorchAoConfig(Int8WeightOnlyConfig()) for name in ("transformer", "vae")}
+    else:
+        # torch's kernel for int8 on the CPU crashes on widths that are no multiple of 16, as the tiny autoencoder's.
+        components = {"transformer": QuantoConfig("int8"), "vae": QuantoConfig("float8")}
+    config = PipelineQuantizationConfig(quant_mapping=components)
+    pipe = SanaSprintPipeline.from_pretrained(pipeline_folder, quantization_config=config, torch_dtype=torch.bfloat16)
+    for model in (pipe.transformer, pipe.vae):
+        assert any(hasattr(parameter, "__tensor_flatten__") for parameter in model.parameters())
+    assert 0 < error_of(latents_of(pipe), exact_latents) < 0.05
+    assert pipe(PROMPT).images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("kind", ["all in 8 bits", "two in 4 bits"])
+def test_an_adapter_of_a_plain_pipeline_serves_a_quantised_one(pipeline_folder, error_of, kind, tmp_path):
+    plain, pipe = (
+        SanaSprintPipeline.from_pretrained(pipeline_folder, quantization_config=config, torch_dtype=torch.bfloat16)
+        for config in (None, CONFIGS[kind]())
+    )
+    torch.manual_seed(0)
+    plain.transformer.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v", "conv_point"], init_lora_weights=False)
+    )
+    layers = get_peft_model_state_dict(plain.transformer)
+    for name, value in layers.items():
+        value.mul_(4 if "lora_B" in name else 1)
+    SanaSprintPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    bound = 0.05 if kind == "all in 8 bits" else 0.25
+    base = latents_of(pipe)
+
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    full = latents_of(pipe)
+    assert error_of(full, base) > 0.3
+    assert error_of(full, latents_of(plain)) < bound
+    pipe.set_adapters("style", 0.5)
+    half = latents_of(pipe)
+    assert error_of(half, full) > 0.05
+    pipe.fuse_lora()
+    assert error_of(latents_of(pipe), half) < bound
+    pipe.unfuse_lora()
+    assert torch.equal(latents_of(pipe), half)
+    pipe.unload_lora_weights()
+    assert torch.equal(latents_of(pipe), base)
+
+
+def test_importing_a_module_of_the_package_says_nothing():
+    """In a fresh interpreter, where the module imports bitsandbytes through diffusers."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(SOURCE)!r}); import sana_sprint.training.shapes; import bitsandbytes"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_nothing_is_said_of_packages_that_are_not_needed_nor_of_every_product(pipeline_folder):

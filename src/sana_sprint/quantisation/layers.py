@@ -31,6 +31,16 @@ class Linear8bit(bnb.nn.Linear8bitLt):
         # On the CPU, bitsandbytes takes the scales of a matrix and of nothing else.
         return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Linear8bit":
+        super()._apply(fn, recurse)
+        # bitsandbytes moves the weight alone: its scales, and a second reference to it, would stay where they were.
+        for holder in (self.weight, self.state):
+            if holder.CB is not None and not self.state.has_fp16_weights:
+                holder.CB = self.weight.data
+            if holder.SCB is not None:
+                holder.SCB = holder.SCB.to(self.weight.device)
+        return self
+
     def dequantised_weight(self) -> torch.Tensor:
         """(out, in), float32."""
         if self.state.has_fp16_weights:
@@ -100,8 +110,16 @@ class Linear4bit(bnb.nn.Linear4bit):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
-class _Pointwise(nn.Linear):
-    """Mixin ahead of a quantised linear layer: (B, C, H, W) to the same grid, and a convolution's shape on disk."""
+class PointwiseLinear(nn.Linear):
+    """A 1x1 convolution that is a linear layer: (B, C, H, W) to the same grid, and a convolution's shape on disk.
+
+    For packages that quantise the weights of linear layers, and a mixin ahead of layers that are quantised by class.
+    """
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the weight is a tensor that is made of others, codes and scales."""
+        return hasattr(self.weight, "__tensor_flatten__")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
@@ -109,19 +127,36 @@ class _Pointwise(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = destination[f"{prefix}weight"]
-        if weight.shape == (self.out_features, self.in_features):  # and not packed to 4 bits, which has no shape
+        # A weight that is packed to 4 bits, or made of other tensors, has no such shape.
+        if weight.shape == (self.out_features, self.in_features) and not self.is_quantised:
             destination[f"{prefix}weight"] = weight[:, :, None, None]
 
 
-class Pointwise8bit(_Pointwise, Linear8bit):
+class Pointwise8bit(PointwiseLinear, Linear8bit):
     """`PointwiseConv2d` in 8 bits."""
 
 
-class Pointwise4bit(_Pointwise, Linear4bit):
+class Pointwise4bit(PointwiseLinear, Linear4bit):
     """`PointwiseConv2d` in 4 bits."""
 
 
 QuantisedLayer = Linear8bit | Linear4bit
+
+
+def pointwise_linear(layer: PointwiseConv2d) -> PointwiseLinear:
+    """A layer of the same sizes on the same device; its weights are yet to be loaded."""
+    with layer.weight.device:
+        return PointwiseLinear(layer.in_channels, layer.out_channels, bias=layer.bias is not None)
+
+
+def pointwise_convolution(weight: torch.Tensor, bias: nn.Parameter | None) -> PointwiseConv2d:
+    """The convolution of which a linear layer's weight (out, in) is the matrix; it learns if the weight does."""
+    out_channels, in_channels = weight.shape
+    with torch.device("meta"):
+        new = PointwiseConv2d(in_channels, out_channels, kernel_size=1)
+    new.weight = nn.Parameter(weight.detach()[:, :, None, None], requires_grad=weight.requires_grad)
+    new.bias = bias
+    return new
 
 
 def quantisable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | PointwiseConv2d]]:
@@ -154,16 +189,11 @@ def quantised_like(layer: nn.Linear | PointwiseConv2d, config: Any) -> Quantised
 
 def dequantised(layer: QuantisedLayer, dtype: torch.dtype) -> nn.Linear | PointwiseConv2d:
     """The same layer as it was before, with the weights that 8 or 4 bits have left of it."""
-    weight = layer.dequantised_weight().to(dtype)
-    has_bias = layer.bias is not None
+    weight = nn.Parameter(layer.dequantised_weight().to(dtype), requires_grad=False)
+    bias = None if layer.bias is None else nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+    if isinstance(layer, PointwiseLinear):
+        return pointwise_convolution(weight, bias)
     with torch.device("meta"):
-        new: nn.Linear | PointwiseConv2d
-        if isinstance(layer, _Pointwise):
-            new = PointwiseConv2d(layer.in_features, layer.out_features, kernel_size=1, bias=has_bias)
-            weight = weight[:, :, None, None]
-        else:
-            new = nn.Linear(layer.in_features, layer.out_features, bias=has_bias)
-    new.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        new.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+        new = nn.Linear(layer.in_features, layer.out_features)
+    new.weight, new.bias = weight, bias
     return new

@@ -4,12 +4,14 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from importlib import import_module
 from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
+from diffusers.utils import is_peft_available
 from torch import nn
 
 from sana_sprint.quantisation.layers import dequantised, quantisable_layers, quantised_layers, quantised_like
@@ -41,11 +43,24 @@ def has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()
 
 
-def _is_all_on_cpu(device_map: Any) -> bool:
+def is_all_on_cpu(device_map: Any) -> bool:
     """Whether a device map, as given or as inferred from the memory at hand, leads nowhere but to the CPU."""
     if isinstance(device_map, Mapping):
         return all(str(device) == "cpu" for device in device_map.values())
     return not has_accelerator()
+
+
+def prepare_adapters() -> None:
+    """Where PEFT is installed, let it adapt quantised convolutions."""
+    if is_peft_available():
+        import_module("sana_sprint.quantisation.adapters").teach_peft()
+
+
+def forget_quantisation(model: Any) -> None:
+    """Make a dequantised model an ordinary one, which may be cast and whose folder claims nothing else."""
+    del model.quantization_method
+    # diffusers has no public way to take an entry out of a config.
+    model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
 
 
 class _SanaQuantiser:
@@ -80,7 +95,7 @@ class _SanaQuantiser:
                 f"weights of 8 and 4 bits cannot lie on disk, and {on_disk} would: give max_memory room for the model,"
                 ' or pass device_map="cpu"'
             )
-        self._is_on_cpu = _is_all_on_cpu(device_map)
+        self._is_on_cpu = is_all_on_cpu(device_map)
         if not self._is_on_cpu:
             super().validate_environment(*args, **kwargs)  # type: ignore[misc]
 
@@ -143,6 +158,7 @@ class _SanaQuantiser:
             logger.warning("no layer of %s is quantised: all are in %s", type(model).__name__, list(left))
         model.register_to_config(quantization_config=config)
         setattr(model, "is_loaded_in_8bit" if config.load_in_8bit else "is_loaded_in_4bit", True)
+        prepare_adapters()
 
     def _offloaded(self, device_map: Any) -> list[str]:
         """What a map of GPU and CPU leaves on the CPU, unquantised."""
@@ -169,9 +185,7 @@ class _SanaQuantiser:
                 remove_hook_from_module(layer)
                 add_hook_to_module(new, hook)
             model.set_submodule(name, new)
-        del model.quantization_method
-        # Nor may its config say so when it is saved. diffusers has no public way to take an entry out of a config.
-        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+        forget_quantisation(model)
         model.is_loaded_in_8bit = model.is_loaded_in_4bit = False
         return model
 
