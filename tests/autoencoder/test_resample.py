@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from sana_sprint.autoencoder.resample import (
     DCDownBlock2d,
     DCUpBlock2d,
+    DoublingConv2d,
     average_channels,
     channels_to_space,
     repeat_channels,
+    repeat_into_space,
     space_to_channels,
 )
 
@@ -54,6 +56,17 @@ def test_repeating_repeats_each_channel_in_place(draw, memory_format, channels):
     torch.testing.assert_close(average_channels(repeat_channels(x, channels), 8), x, atol=1e-6, rtol=1e-6)
 
 
+@FORMATS
+@pytest.mark.parametrize("channels", [2, 4, 6, 8, 12, 16])
+def test_repeating_into_space_is_repeating_and_then_shuffling(draw, memory_format, channels):
+    x = draw(*SHAPE).to(memory_format=memory_format)
+    cells = repeat_into_space(x, channels)
+    expected = F.pixel_shuffle(x.repeat_interleave(channels // 2, dim=1), 2)
+    assert torch.equal(cells.flatten(3, 4).flatten(1, 2).movedim(-1, 1), expected)
+    is_view = cells.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert is_view == (channels in (2, 4, 8))
+
+
 @pytest.mark.parametrize("shortcut", [True, False], ids=["shortcut", "no_shortcut"])
 @pytest.mark.parametrize("unshuffle", [True, False], ids=["unshuffle", "strided"])
 @torch.no_grad()
@@ -82,6 +95,83 @@ def test_an_up_block_doubles_the_picture(draw, interpolate, shortcut):
         parameter.zero_()
     carried = F.pixel_shuffle(x.repeat_interleave(2, dim=1), 2)
     assert torch.equal(block(x), carried if shortcut else torch.zeros_like(carried))
+
+
+def doubled_and_convolved(x: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
+    return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), conv.weight, conv.bias, padding=1)
+
+
+@FORMATS
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (6, 7)], ids=str)
+@torch.no_grad()
+def test_a_doubling_convolution_is_nearest_neighbour_and_a_convolution(draw, memory_format, bias, size):
+    conv = DoublingConv2d(8, 4, kernel_size=3, padding=1, bias=bias).to(memory_format=memory_format)
+    x = draw(2, 8, *size).to(memory_format=memory_format)
+    # float32: sums of 72 terms.
+    torch.testing.assert_close(conv(x, doubled=True), doubled_and_convolved(x, conv), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_doubling_convolution_keeps_nothing_of_weights_that_have_changed(draw):
+    conv, x = DoublingConv2d(8, 4, kernel_size=3, padding=1), draw(*SHAPE)
+    others = {name: draw(*value.shape, seed=1) for name, value in conv.state_dict().items()}
+    conv(x, doubled=True)
+    names = set(vars(conv))
+    conv.load_state_dict(others)
+    torch.testing.assert_close(conv(x, doubled=True), doubled_and_convolved(x, conv), atol=1e-5, rtol=1e-5)
+    conv.weight.data[0] = 0
+    torch.testing.assert_close(conv(x, doubled=True), doubled_and_convolved(x, conv), atol=1e-5, rtol=1e-5)
+    assert conv.double()(x.double(), doubled=True).dtype == torch.float64
+    assert set(vars(conv)) == names
+    assert set(conv.state_dict()) == set(others)
+
+
+def test_gradients_of_a_doubling_convolution_are_those_of_its_plain_form(draw):
+    conv, x = DoublingConv2d(8, 4, kernel_size=3, padding=1), draw(*SHAPE).requires_grad_()
+    inputs = (x, *conv.parameters())
+    found = torch.autograd.grad(conv(x, doubled=True).square().sum(), inputs)
+    expected = torch.autograd.grad(doubled_and_convolved(x, conv).square().sum(), inputs)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+def test_sums_of_bfloat16_weights_cost_less_than_half_a_rounding(draw):
+    conv, x = DoublingConv2d(64, 32, kernel_size=3, padding=1), draw(1, 64, 12, 12).bfloat16()
+    conv.bfloat16().to(memory_format=torch.channels_last)
+    found, plain = conv(x, doubled=True), doubled_and_convolved(x, conv)
+    exact = doubled_and_convolved(x.float(), conv.float())
+    # The plain form rounds once, its result; the sums are rounded as well.
+    assert (found - exact).norm() < 1.5 * (plain - exact).norm()
+
+
+@torch.no_grad()
+def test_an_adapter_around_a_doubling_convolution_sees_what_it_would_around_a_plain_one(draw):
+    class Adapter(torch.nn.Module):
+        def __init__(self, base: DoublingConv2d) -> None:
+            super().__init__()
+            self.base = base
+            self.down = type(base)(8, 2, kernel_size=3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.down(x).repeat(1, 2, 1, 1)
+
+    block, x = DCUpBlock2d(8, 4, interpolate=True, shortcut=False), draw(*SHAPE)
+    assert isinstance(block.conv, DoublingConv2d)
+    adapter = Adapter(block.conv)
+    expected = doubled_and_convolved(x, adapter.base) + doubled_and_convolved(x, adapter.down).repeat(1, 2, 1, 1)
+    block.conv = adapter
+    torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_up_block_compiles_without_a_graph_break(draw):
+    torch._dynamo.reset()
+    block, x = DCUpBlock2d(8, 4, interpolate=True), draw(*SHAPE)
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), block(x), atol=1e-6, rtol=1e-5)  # float32
+    torch._dynamo.reset()
 
 
 def test_channels_that_cannot_be_unshuffled_into_are_refused():

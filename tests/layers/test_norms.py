@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sana_sprint.layers import norms
 from sana_sprint.layers.norms import ChannelRMSNorm, RMSNorm, SanaModulatedNorm, channel_norm, modulate
 
 FLOAT32: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-6}  # a mean over tens of values
@@ -34,6 +35,23 @@ def test_rms_norm_keeps_the_dtype_and_computes_in_float32(dtype):
     assert found.dtype == dtype
     # One rounding of the exact result.
     torch.testing.assert_close(found.float(), norm(x.float()), atol=0, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_piece_by_piece_is_the_norm_with_gradients(monkeypatch, dtype):
+    monkeypatch.setattr(norms, "MAX_NUMBERS_AT_ONCE", 24 * 4)
+    norm = RMSNorm(24, bias=True).to(dtype)
+    x = draw(2, 3, 5, 24).to(dtype)  # 30 rows in pieces of 4
+    before = x.clone()
+    expected = norm(x)
+    assert expected.requires_grad
+    with torch.no_grad():
+        found, moved = norm(x), norm(x.transpose(0, 2)).transpose(0, 2)
+    assert found.dtype == dtype
+    for some in (found, moved):
+        # The mean of fewer rows may be summed in another order.
+        torch.testing.assert_close(some, expected.detach(), atol=1e-6, rtol=torch.finfo(dtype).eps)
+    assert torch.equal(x, before)
 
 
 @torch.no_grad()
