@@ -10,7 +10,7 @@ import diffusers.schedulers.scheduling_scm as their_scheduler
 import pytest
 import torch
 from diffusers import PipelineQuantizationConfig
-from transformers import Gemma2Config, Gemma2Model
+from wide_text import wide_text_encoder
 
 from sana_sprint import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 
@@ -72,17 +72,7 @@ def seeded():
 @pytest.fixture(scope="session")
 def wide_folder(tiny_pipeline_parts, tmp_path_factory) -> str:
     """The tiny pipeline with a transformer and a text encoder that are wide enough for weights of 4 bits."""
-    torch.manual_seed(2)
-    text_config = Gemma2Config(
-        vocab_size=len(tiny_pipeline_parts["tokenizer"]),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        initializer_range=0.1,
-    )
+    text_encoder = wide_text_encoder(len(tiny_pipeline_parts["tokenizer"]))
     transformer = SanaTransformer2DModel.from_config(
         tiny_pipeline_parts["transformer"].config,
         num_attention_heads=4,
@@ -92,7 +82,7 @@ def wide_folder(tiny_pipeline_parts, tmp_path_factory) -> str:
         cross_attention_dim=128,
         caption_channels=64,
     )
-    parts = {"text_encoder": Gemma2Model(text_config).eval(), "transformer": transformer.eval()}
+    parts = {"text_encoder": text_encoder, "transformer": transformer.eval()}
     where = tmp_path_factory.mktemp("wide") / "pipeline"
     SanaSprintPipeline(**{**tiny_pipeline_parts, **parts}).save_pretrained(where)
     return str(where)

@@ -11,8 +11,9 @@ from diffusers import BitsAndBytesConfig as DiffusersBitsAndBytesConfig
 from diffusers import PipelineQuantizationConfig, QuantoConfig, TorchAoConfig
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from transformers import AutoModel, Gemma2Config, Gemma2Model
+from transformers import AutoModel
 from transformers import BitsAndBytesConfig as BitsAndBytesConfig
+from wide_text import wide_text_encoder
 
 import sana_sprint
 from sana_sprint import SanaSprintPipeline, SanaTransformer2DModel, register, unregister
@@ -27,19 +28,9 @@ DEVICE_MAPS = ["balanced", "cuda" if torch.cuda.is_available() else "cpu", None]
 @pytest.fixture(scope="session")
 def pipeline_folder(tiny_pipeline_parts, wide_transformer, tmp_path_factory) -> str:
     """The tiny pipeline with a wide transformer, and a text encoder that 4-bit kernels take."""
-    torch.manual_seed(2)
-    text_config = Gemma2Config(
-        vocab_size=len(tiny_pipeline_parts["tokenizer"]),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        initializer_range=0.1,
-    )
+    text_encoder = wide_text_encoder(len(tiny_pipeline_parts["tokenizer"]))
     transformer = SanaTransformer2DModel.from_config(wide_transformer.config, in_channels=4, out_channels=4)
-    parts = {"text_encoder": Gemma2Model(text_config).eval(), "transformer": transformer.eval()}
+    parts = {"text_encoder": text_encoder, "transformer": transformer.eval()}
     where = tmp_path_factory.mktemp("quantised") / "pipeline"
     SanaSprintPipeline(**{**tiny_pipeline_parts, **parts}).save_pretrained(where)
     return str(where)

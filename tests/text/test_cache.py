@@ -10,6 +10,7 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from torch.testing import assert_close
 from transformers import BitsAndBytesConfig, Gemma2Config, Gemma2Model, GemmaTokenizer
+from wide_text import wide_text_encoder
 
 from sana_sprint.text.cache import MAX_PREFIXES, TextCache, fingerprint
 from sana_sprint.text.encoder import encode_prompts
@@ -126,18 +127,7 @@ def test_an_instruction_longer_than_the_sliding_window_is_read_alike(tiny_text_e
 @pytest.fixture(scope="module")
 def wide_encoder(tiny_tokenizer, tmp_path_factory) -> tuple[Gemma2Model, str]:
     """One of a width that can be quantised, and its folder."""
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        initializer_range=0.1,
-    )
-    encoder = Gemma2Model(config).eval()
+    encoder = wide_text_encoder(len(tiny_tokenizer))
     folder = str(tmp_path_factory.mktemp("wide") / "text_encoder")
     encoder.save_pretrained(folder)
     return encoder, folder
