@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ def measure_tiling() -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    versions = {name: __import__(name).__version__ for name in ("torch", "diffusers", "transformers", "bitsandbytes")}
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")}
     return {"processor": next(names, platform.machine()), "threads": torch.get_num_threads(), **versions}
 
 

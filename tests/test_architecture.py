@@ -19,6 +19,7 @@ RANKS = {
     "layers": 0,
     "plugin": 0,
     "sizes": 0,
+    "files": 0,
     "text": 1,
     "transformer": 1,
     "trigflow": 1,

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from checkpoint_files import assert_equal, contents, names_in, run
+from checkpoint_files import alter_a_number, assert_equal, contents, names_in, run
 from safetensors.torch import load_file, save_file
 
 from sana_sprint.autoencoder.model import AutoencoderDC
@@ -217,9 +217,7 @@ def test_a_kind_that_is_not_there_is_refused(store, reduced, tmp_path):
 def test_numbers_that_were_altered_on_disk_are_found_before_anything_is_written(store, reduced, tmp_path):
     original = reduced("sprint")
     source = store(original)
-    data = bytearray(source.read_bytes())
-    data[data.find(original.tensors["blocks.1.attn.qkv.weight"].numpy().tobytes()) + 1000] ^= 1
-    source.write_bytes(data)
+    alter_a_number(source, original.tensors["blocks.1.attn.qkv.weight"])
     with pytest.raises(ValueError, match="is damaged"):
         run(source, tmp_path / "folder")
     assert_no_output(tmp_path)

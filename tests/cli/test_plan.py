@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from sana_sprint.cli.main import main
 
@@ -30,6 +31,12 @@ def test_the_line_of_code_loads_what_was_chosen(model_folder, capsys):
     names: dict = {}
     exec(f"import sana_sprint\n{code}", names)
     assert names["pipe"].memory_plan.budget.host == 1_500_000_000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which is planned for first")
+def test_a_machine_without_a_gpu_is_planned_for_as_such(capsys):
+    code = lines_of(capsys, "--model", "embedded", "--ram", "2GiB")[-1]
+    assert code == 'pipe = sana_sprint.load_pipeline(sana_sprint.embedded_checkpoint(), memory="2GiB", device="cpu")'
 
 
 def test_published_models_are_planned_without_a_download(capsys):

@@ -84,4 +84,6 @@ def test_a_quantised_folder_keeps_its_bits(tmp_path):
     again = load_pipeline(tmp_path, memory="4GB", device="cpu")
     assert again.memory_plan.arrangement.bits == 8
     assert again.memory_plan.to_quantise == ()
+    with pytest.raises(ValueError, match="quantised to 8 bits already, asked for 16"):
+        load_pipeline(tmp_path, quantization="none", device="cpu")
     assert len(list(quantised_layers(again.transformer))) == 50

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sana_sprint.training.loop import Draws, OptimiserSettings, rate_share, train, write_whole
+from sana_sprint.training.loop import Draws, OptimiserSettings, rate_share, train
 
 SETTINGS = OptimiserSettings(
     steps=12, batch_size=4, learning_rate=1e-2, warmup_steps=3, checkpoint_every=4, log_every=1
@@ -94,16 +94,3 @@ def test_every_step_has_its_own_draws_and_always_the_same():
     assert first.rng.random() == again.rng.random() != next_step.rng.random()
     numbers = [torch.rand(1, generator=draws.generator).item() for draws in (first, again, next_step)]
     assert numbers[0] == numbers[1] != numbers[2]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(partial):
-        partial.write_text("ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, fail)
-    assert path.read_text() == "old"

@@ -234,6 +234,16 @@ def test_the_end_token_does_not_help_to_answer():
     assert torch.equal(model.losses(other_end)["answers"], model.losses(batch)["answers"])
 
 
+def test_captions_are_drawn_as_often_as_they_are_long():
+    lengths = torch.tensor([1, 2, 5, 1])  # the last is the empty caption, which is not drawn
+    masks = (torch.arange(5) < lengths[:, None]).long()
+    data = FlowData(torch.arange(3.0)[:, None, None, None], torch.zeros(4, 5, 2), masks)
+    drawn = data.batch(Draws.of_step(0, 0), 40_000, caption_dropout=0.0).clean.flatten().long()
+    shares = torch.bincount(drawn) / len(drawn)
+    # Four standard deviations of a share of a half.
+    torch.testing.assert_close(shares, torch.tensor([1, 2, 5]) / 8, atol=0.01, rtol=0)
+
+
 def test_training_goes_on_from_a_checkpoint(trained, tmp_path):
     start = trained / "checkpoint"
     recipe = replace(RECIPE, flow=replace(RECIPE.flow, optimiser=replace(RECIPE.flow.optimiser, learning_rate=0.0)))

@@ -47,13 +47,12 @@ def table(plans: "list[MemoryPlan]") -> list[str]:
     ]
 
 
-def code_line(options: argparse.Namespace) -> str:
+def code_line(options: argparse.Namespace, has_gpu: bool) -> str:
     """What loads the model so, in Python."""
     arguments = [f'"{options.model}"' if options.model != EMBEDDED else "sana_sprint.embedded_checkpoint()"]
-    for name, asked in (("memory", options.ram if options.cpu else options.vram), ("ram", options.ram)):
-        if asked and not (options.cpu and name == "ram"):
-            arguments.append(f'{name}="{_exactly(asked)}"')
-    if options.cpu:
+    amounts = {"memory": options.vram, "ram": options.ram} if has_gpu else {"memory": options.ram}
+    arguments += [f'{name}="{_exactly(amount)}"' for name, amount in amounts.items() if amount]
+    if not has_gpu:
         arguments.append('device="cpu"')
     if options.size:
         arguments.append(f"width={options.size[0]}, height={options.size[1]}")
@@ -95,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
         from sana_sprint.memory.stages import Networks, Workload
 
         configs = read_configs(embedded_checkpoint() if options.model == EMBEDDED else options.model)
-        has_gpu = not options.cpu and (options.vram or torch.cuda.is_available())
+        has_gpu = not options.cpu and bool(options.vram or torch.cuda.is_available())
         memory = options.vram if has_gpu else options.ram
         budget = budget_of(torch.device("cuda" if has_gpu else "cpu"), memory, options.ram if has_gpu else None)
         width, height = options.size or (configs.picture_size,) * 2
@@ -109,4 +108,4 @@ def run(options: argparse.Namespace) -> None:
     print("\n".join(table(plans)))
     if best is None:
         best_plan(plans)  # says what is missing
-    print(f"\n{best}\n\n{code_line(options)}")
+    print(f"\n{best}\n\n{code_line(options, has_gpu)}")

@@ -138,9 +138,11 @@ def best_plan(plans: Sequence[MemoryPlan], bits: Bits | None = None) -> MemoryPl
     """The first that fits, with its reason, of those with so many bits if that is asked for.
 
     Raises:
-        ValueError: if none fits.
+        ValueError: if none fits, or the checkpoint's weights have other bits for good.
     """
     candidates = [plan for plan in plans if bits is None or plan.arrangement.bits == bits]
+    if not candidates:
+        raise ValueError(f"the checkpoint is quantised to {plans[0].arrangement.bits} bits already, asked for {bits}")
     refused: list[str] = []
     for plan in candidates:
         if plan.fits:

@@ -15,23 +15,17 @@ def weight_bits(network: nn.Module) -> int | None:
 
 
 def bring_scales(network: nn.Module) -> None:
-    """Bring what belongs to the 8-bit weights of a network to where these are; nothing for other networks.
-
-    bitsandbytes leaves it behind when a network moves, with a second reference to the weights that keeps them alive.
-    """
+    """Bring what belongs to the 8-bit weights of a network to where these are; nothing for other networks."""
     if weight_bits(network) != 8:
         return
+    # Late, for bitsandbytes takes seconds to import.
     from bitsandbytes.nn import Linear8bitLt
 
+    from sana_sprint.quantisation import layers
+
     for layer in network.modules():
-        if not isinstance(layer, Linear8bitLt):
-            continue
-        weight: Any = layer.weight
-        for holder in (weight, layer.state):  # the weight's until the first product, the state's from then on
-            if holder.CB is not None:
-                holder.CB = weight.data if weight.dtype == torch.int8 else holder.CB.to(weight.device)
-            if holder.SCB is not None:
-                holder.SCB = holder.SCB.to(weight.device)
+        if isinstance(layer, Linear8bitLt):
+            layers.bring_scales(layer)
 
 
 def place_scales(network: nn.Module, device: torch.device) -> None:

@@ -13,6 +13,19 @@ from torch import nn
 from sana_sprint.layers.feed_forward import PointwiseConv2d
 
 
+def bring_scales(layer: bnb.nn.Linear8bitLt) -> None:
+    """Bring what belongs to a layer's 8-bit weight to where that is.
+
+    bitsandbytes moves the weight alone: its scales, and a second reference that keeps it alive, stay where they were.
+    """
+    weight: Any = layer.weight
+    for holder in (weight, layer.state):  # the weight's until the first product, the state's from then on
+        if holder.CB is not None:
+            holder.CB = weight.data if weight.dtype == torch.int8 else holder.CB.to(weight.device)
+        if holder.SCB is not None:
+            holder.SCB = holder.SCB.to(weight.device)
+
+
 class Linear8bit(bnb.nn.Linear8bitLt):
     """Weights and products in int8, one scale per row of either (Dettmers et al., LLM.int8(), arXiv 2208.07339)."""
 
@@ -33,12 +46,7 @@ class Linear8bit(bnb.nn.Linear8bitLt):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear8bit":
         super()._apply(fn, recurse)
-        # bitsandbytes moves the weight alone: its scales, and a second reference to it, would stay where they were.
-        for holder in (self.weight, self.state):
-            if holder.CB is not None and not self.state.has_fp16_weights:
-                holder.CB = self.weight.data
-            if holder.SCB is not None:
-                holder.SCB = holder.SCB.to(self.weight.device)
+        bring_scales(self)
         return self
 
     def dequantised_weight(self) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from sana_sprint.files import write_whole
 from sana_sprint.text.encoder import check_embeds, check_prompt, drop_padding
 
 FORMAT_VERSION = "1"
@@ -51,17 +52,8 @@ def save_prompt_embeds(
     if mask is None:
         mask = prompt_attention_mask.new_ones(embeds.shape[:2])
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in zip(_TENSORS, (embeds, mask), strict=True)}
-    _write_whole(Path(path), save(tensors, metadata))
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a name of its own, and give it its name when it is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = save(tensors, metadata)
+    write_whole(Path(path), lambda partial: partial.write_bytes(content))
 
 
 def _metadata(content: bytes) -> dict[str, str]:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from sana_sprint.files import write_whole
 from sana_sprint.shapes.renderer import render
 from sana_sprint.shapes.sampler import draw_example
-from sana_sprint.training.loop import write_whole
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ B batch, C channels, h w latent grid, L text tokens, M examples. Flow time runs 
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,11 +57,15 @@ class FlowData:
     captions: torch.Tensor  # M + 1 L width
     masks: torch.Tensor  # M + 1 L
 
+    @cached_property
+    def tokens_up_to(self) -> torch.Tensor:
+        """Of all captions up to each, (M,), without the empty one."""
+        return self.masks[:-1].sum(1).cumsum(0)
+
     def batch(self, draws: Draws, size: int, caption_dropout: float) -> FlowBatch:
         # As often as a caption is long: those that say more are harder to follow, and need more practice.
-        upto = self.masks[:-1].sum(1).cumsum(0)
-        position = torch.from_numpy(draws.rng.random(size)).to(upto.device) * upto[-1]
-        chosen = torch.searchsorted(upto, position.floor().long(), right=True)
+        tokens = torch.from_numpy(draws.rng.random(size)).to(self.tokens_up_to.device) * self.tokens_up_to[-1]
+        chosen = torch.searchsorted(self.tokens_up_to, tokens.floor().long(), right=True)
         is_dropped = torch.from_numpy(draws.rng.random(size) < caption_dropout).to(self.latents.device)
         texts = torch.where(is_dropped, len(self.latents), chosen)
         return FlowBatch(self.latents[chosen], self.captions[texts].float(), self.masks[texts])

@@ -7,7 +7,6 @@ the same steps as one that did not.
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+
+from sana_sprint.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +139,6 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
     for kept, current in zip(average.buffers(), model.buffers(), strict=True):
         kept.copy_(current)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its destination and rename it: the destination is the old file or the new, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
 
 
 def train(

@@ -16,6 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import Gemma2Model, GemmaTokenizer
 
 from sana_sprint.autoencoder.model import AutoencoderDC
+from sana_sprint.files import write_whole
 from sana_sprint.training.autoencoder import (
     AutoencoderSettings,
     encode_pictures,
@@ -33,7 +34,7 @@ from sana_sprint.training.flow import (
     train_guidance,
 )
 from sana_sprint.training.language import LanguageSettings, train_language_model
-from sana_sprint.training.loop import OptimiserSettings, write_whole
+from sana_sprint.training.loop import OptimiserSettings
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 STAGES = ("autoencoder", "decoder", "language", "flow", "guidance", "assemble")
@@ -122,7 +123,7 @@ def _flow_settings() -> FlowSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesRecipe:
-    """All settings of the embedded checkpoint. Some three hours on two CPU cores."""
+    """All settings of the embedded checkpoint's last round. Hours on two CPU cores."""
 
     picture_size: int = 64
     num_pictures: int = 60_000
