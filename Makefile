@@ -62,5 +62,5 @@ $(READY): setup.py constraints.txt
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); name another with PYTHON=..."; exit 1; }
 	@echo "installing into .venv, once; this takes some minutes"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev,train]'
 	@touch $(READY)

@@ -52,6 +52,7 @@ setup(
     ],
     extras_require={
         "lora": ["peft>=0.17"],
+        "train": ["matplotlib>=3.9", "tensorboard>=2.18", "webdataset>=1.0"],
         "dev": ["mypy>=1.15", "peft>=0.17", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
     entry_points={"console_scripts": ["sana-sprint = sana_sprint.cli.main:main"]},
