@@ -16,7 +16,8 @@ from sana_sprint.shapes.questions import NUM_ANSWERS
 from sana_sprint.text.encoder import encode_prompts
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana_sprint.training.autoencoder import gradient_difference, whitening_loss
-from sana_sprint.training.data import to_pictures, to_tensor
+from sana_sprint.training.data import PicturePool, to_pictures, to_tensor
+from sana_sprint.training.draws import Draws
 from sana_sprint.training.flow import (
     FlowData,
     block_matrices,
@@ -28,7 +29,6 @@ from sana_sprint.training.flow import (
     train_guidance,
 )
 from sana_sprint.training.language import CaptionBatch, ReadingModel
-from sana_sprint.training.loop import Draws
 from sana_sprint.training.shapes import STAGES, ShapesRecipe, ShapesTraining, shortened
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
@@ -61,7 +61,7 @@ def test_the_assembled_folder_records_how_it_was_made(trained):
     record = json.loads((trained / "checkpoint" / "training.json").read_text())
     configs = [(trained / "checkpoint" / name / "config.json").read_text() for name in ("transformer", "vae")]
     assert not any(str(trained) in config for config in configs)
-    assert record["recipe"]["flow"]["optimiser"]["seed"] == RECIPE.flow.optimiser.seed
+    assert record["recipe"]["flow"]["loop"]["seed"] == RECIPE.flow.loop.seed
     assert record["versions"]["torch"] == torch.__version__
     assert {stage: losses[-1]["step"] for stage, losses in record["losses"].items()} == dict.fromkeys(STAGES[:-1], 2)
 
@@ -182,9 +182,9 @@ def test_guidance_training_moves_the_student_and_leaves_the_teacher_alone(tmp_pa
 
 def test_dropped_captions_are_the_empty_one():
     _, data = tiny_flow()
-    batch = data.batch(Draws.of_step(0, 0), 6, caption_dropout=1.0)
+    batch = data.batch(Draws.of_step(0, 0, 6), caption_dropout=1.0)
     assert torch.equal(batch.caption, data.empty_caption(6)[0])
-    kept = data.batch(Draws.of_step(0, 0), 6, caption_dropout=0.0)
+    kept = data.batch(Draws.of_step(0, 0, 6), caption_dropout=0.0)
     assert not torch.equal(kept.caption, batch.caption)
     assert torch.equal(kept.clean, batch.clean)
 
@@ -238,10 +238,32 @@ def test_captions_are_drawn_as_often_as_they_are_long():
     lengths = torch.tensor([1, 2, 5, 1])  # the last is the empty caption, which is not drawn
     masks = (torch.arange(5) < lengths[:, None]).long()
     data = FlowData(torch.arange(3.0)[:, None, None, None], torch.zeros(4, 5, 2), masks)
-    drawn = data.batch(Draws.of_step(0, 0), 40_000, caption_dropout=0.0).clean.flatten().long()
+    drawn = data.batch(Draws.of_step(0, 0, 10_000)).clean.flatten().long()
     shares = torch.bincount(drawn) / len(drawn)
     # Four standard deviations of a share of a half.
-    torch.testing.assert_close(shares, torch.tensor([1, 2, 5]) / 8, atol=0.01, rtol=0)
+    torch.testing.assert_close(shares, torch.tensor([1, 2, 5]) / 8, atol=0.02, rtol=0)
+
+
+def test_a_wrong_caption_is_that_of_another_example():
+    _, data = tiny_flow()
+    batch = data.batch(Draws.of_step(0, 0, 500), misaligned=True)
+    captions = data.captions[:-1].float().flatten(1)
+    own, wrong = (torch.cdist(each.flatten(1), captions).argmin(1) for each in (batch.caption, batch.wrong_caption))
+    assert torch.equal(data.latents[own], batch.clean)
+    assert not (own == wrong).any()
+    assert wrong.unique().tolist() == list(range(8))
+    assert batch.wrong_mask.shape == batch.mask.shape
+
+
+def test_half_of_the_pictures_of_a_pool_are_mirrored():
+    pictures = np.zeros((3, 2, 2, 3), np.uint8)
+    pictures[:, :, 0] = np.array([50, 100, 200])[:, None, None]
+    pixels = PicturePool(pictures, ["", "", ""]).batch(Draws.of_step(0, 0, 400))
+    is_mirrored = pixels[:, 0, 0, 0] == -1
+    # Four standard deviations of a share of a half.
+    assert is_mirrored.float().mean() == pytest.approx(0.5, abs=0.1)
+    shown = ((pixels.amax(dim=(1, 2, 3)) + 1) * 127.5).round()
+    assert shown.unique().tolist() == [50, 100, 200]
 
 
 def test_training_goes_on_from_a_checkpoint(trained, tmp_path):

@@ -11,7 +11,10 @@ from tqdm.auto import tqdm
 
 from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.training.data import PicturePool, to_tensor
-from sana_sprint.training.loop import Draws, OptimiserSettings, train
+from sana_sprint.training.draws import Draws
+from sana_sprint.training.loop import Objective, train
+from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
+from sana_sprint.training.settings import LoopSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,7 @@ class AutoencoderSettings:
     """The network, the losses' weights and the length of the stage."""
 
     config: dict[str, Any]
+    loop: LoopSettings
     optimiser: OptimiserSettings
     square_weight: float = 0.5
     gradient_weight: float = 0.5
@@ -26,6 +30,7 @@ class AutoencoderSettings:
     latent_noise: float = 0.1
     whiten_weight: float = 0.05
     # The second stage, on frozen latents: squares weigh the few pixels that are quite wrong, such as lost points.
+    decoder_loop: LoopSettings
     decoder_optimiser: OptimiserSettings
     decoder_square_weight: float = 4.0
     compile: bool = True
@@ -52,12 +57,60 @@ def reconstruction_losses(
     square_weight: float,
 ) -> dict[str, torch.Tensor]:
     """Losses of decoding latents (B, C, h, w), made noisy, to the pictures (B, 3, H, W) in [-1, 1] they stand for."""
-    noise = draws.normal(latents.shape, latents.device).to(latents.dtype)
+    noise = draws.normal(latents.shape[1:]).to(latents.dtype)
     decoded = vae.decode(latents + settings.latent_noise * noise, return_dict=False)[0].float()
     absolute, square = F.l1_loss(decoded, pixels), F.mse_loss(decoded, pixels)
     edges = gradient_difference(decoded, pixels)
     loss = absolute + square_weight * square + settings.gradient_weight * edges
     return {"loss": loss, "absolute": absolute, "square": square, "edges": edges}
+
+
+class AutoencoderObjective(Objective[AutoencoderDC]):
+    """Encoder and decoder: what was encoded is decoded, and the latents are white."""
+
+    def __init__(self, vae: AutoencoderDC, pool: PicturePool, settings: AutoencoderSettings) -> None:
+        super().__init__()
+        self.vae = vae
+        self.pool = pool
+        self.settings = settings
+
+    def forward(self, draws: Draws) -> dict[str, torch.Tensor]:
+        pixels = self.pool.batch(draws)
+        latents = self.vae.encode(pixels, return_dict=False)[0]
+        parts = reconstruction_losses(self.vae, latents, pixels, draws, self.settings, self.settings.square_weight)
+        whiteness = whitening_loss(latents)
+        return {**parts, "loss": parts["loss"] + self.settings.whiten_weight * whiteness, "whiteness": whiteness}
+
+    def groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup("autoencoder", trainable(self.vae), self.settings.optimiser)]
+
+    def averaged(self) -> AutoencoderDC:
+        return self.vae
+
+
+class DecoderObjective(Objective[AutoencoderDC]):
+    """The decoder alone, on the latents of an encoder that stays as it is."""
+
+    def __init__(self, vae: AutoencoderDC, pool: PicturePool, settings: AutoencoderSettings) -> None:
+        super().__init__()
+        vae.encoder.requires_grad_(False)
+        self.vae = vae
+        self.pool = pool
+        self.settings = settings
+
+    def forward(self, draws: Draws) -> dict[str, torch.Tensor]:
+        pixels = self.pool.batch(draws)
+        with torch.no_grad():
+            latents = self.vae.encode(pixels, return_dict=False)[0]
+        return reconstruction_losses(
+            self.vae, latents, pixels, draws, self.settings, self.settings.decoder_square_weight
+        )
+
+    def groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup("decoder", trainable(self.vae), self.settings.decoder_optimiser)]
+
+    def averaged(self) -> AutoencoderDC:
+        return self.vae
 
 
 @torch.no_grad()
@@ -83,20 +136,9 @@ def train_autoencoder(
     pool: PicturePool, settings: AutoencoderSettings, folder: Path, device: torch.device
 ) -> AutoencoderDC:
     """Train a DC-AE on a pool of pictures; its `scaling_factor` makes the latents of the pool unit variance."""
-    torch.manual_seed(settings.optimiser.seed)
-    vae = AutoencoderDC(**settings.config).to(device, memory_format=torch.channels_last)
-    if settings.compile:
-        vae.encoder.compile()
-        vae.decoder.compile()
-
-    def losses(draws: Draws) -> dict[str, torch.Tensor]:
-        pixels = pool.batch(draws.rng, settings.optimiser.batch_size).to(device)
-        latents = vae.encode(pixels, return_dict=False)[0]
-        parts = reconstruction_losses(vae, latents, pixels, draws, settings, settings.square_weight)
-        whiteness = whitening_loss(latents)
-        return {**parts, "loss": parts["loss"] + settings.whiten_weight * whiteness, "whiteness": whiteness}
-
-    average = train(vae, losses, settings.optimiser, folder, "autoencoder")
+    torch.manual_seed(settings.loop.seed)
+    vae = _prepared(AutoencoderDC(**settings.config), settings)
+    average = train(AutoencoderObjective(vae, pool, settings), settings.loop, folder, "autoencoder", device)
     deviation = encode_pictures(average, pool.pictures[:4096]).std().item()
     average.register_to_config(scaling_factor=round(1 / deviation, 5))
     return average
@@ -106,16 +148,14 @@ def refine_decoder(
     vae: AutoencoderDC, pool: PicturePool, settings: AutoencoderSettings, folder: Path, device: torch.device
 ) -> AutoencoderDC:
     """Train the decoder further, on the latents as they are: a flow that learned them stays valid."""
-    vae.encoder.requires_grad_(False)
-    vae.to(device, memory_format=torch.channels_last)
+    objective = DecoderObjective(_prepared(vae, settings), pool, settings)
+    return train(objective, settings.decoder_loop, folder, "decoder", device).requires_grad_(True)
+
+
+def _prepared(vae: AutoencoderDC, settings: AutoencoderSettings) -> AutoencoderDC:
+    """The same network, laid out and compiled for training."""
+    vae.to(memory_format=torch.channels_last)
     if settings.compile:
         vae.encoder.compile()
         vae.decoder.compile()
-
-    def losses(draws: Draws) -> dict[str, torch.Tensor]:
-        pixels = pool.batch(draws.rng, settings.decoder_optimiser.batch_size).to(device)
-        with torch.no_grad():
-            latents = vae.encode(pixels, return_dict=False)[0]
-        return reconstruction_losses(vae, latents, pixels, draws, settings, settings.decoder_square_weight)
-
-    return train(vae, losses, settings.decoder_optimiser, folder, "decoder").requires_grad_(True)
+    return vae

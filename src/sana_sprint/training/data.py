@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from sana_sprint.files import write_whole
 from sana_sprint.shapes.renderer import render
 from sana_sprint.shapes.sampler import draw_example
+from sana_sprint.training.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,15 @@ class PicturePool:
     pictures: np.ndarray
     captions: list[str]
 
-    def batch(self, rng: np.random.Generator, size: int) -> torch.Tensor:
+    def batch(self, draws: Draws) -> torch.Tensor:
         """Random pictures as (B, 3, size, size) float32 in [-1, 1], mirrored left to right half of the time.
 
         Mirroring contradicts captions that name sides, so this is for training without captions.
         """
-        chosen = self.pictures[rng.integers(len(self.pictures), size=size)]
-        mirrored = np.where(rng.random(size)[:, None, None, None] < 0.5, chosen[:, :, ::-1], chosen)
-        return to_tensor(mirrored)
+        chosen = self.pictures[draws.integers(len(self.pictures)).numpy(force=True)]
+        is_mirrored = draws.uniform((1, 1, 1)).numpy(force=True) < 0.5
+        mirrored = np.where(is_mirrored, chosen[:, :, ::-1], chosen)
+        return to_tensor(mirrored).to(draws.device)
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:

@@ -4,7 +4,7 @@ B batch, C channels, h w latent grid, L text tokens, M examples. Flow time runs 
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +20,12 @@ from sana_sprint.layers.embeddings import TimeGuidanceEmbedding
 from sana_sprint.layers.feed_forward import PointwiseConv2d
 from sana_sprint.text.encoder import encode_prompts
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_prefix
+from sana_sprint.training.datasets.source import LatentBatch, LatentSource
+from sana_sprint.training.draws import Draws
 from sana_sprint.training.language import read_behind, tokenize_behind
-from sana_sprint.training.loop import Draws, OptimiserSettings, train
+from sana_sprint.training.loop import Objective, train
+from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
+from sana_sprint.training.settings import LoopSettings
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 
@@ -30,7 +34,9 @@ class FlowSettings:
     """The network, the objective and the length of both stages."""
 
     config: dict[str, Any]
+    loop: LoopSettings
     optimiser: OptimiserSettings
+    guidance_loop: LoopSettings
     guidance_optimiser: OptimiserSettings
     # Share of the captions replaced by the empty one, which guidance needs a velocity for.
     caption_dropout: float = 0.1
@@ -41,41 +47,44 @@ class FlowSettings:
 
 
 @dataclass(frozen=True)
-class FlowBatch:
-    """What one step learns from."""
-
-    clean: torch.Tensor  # B C h w, unit variance
-    caption: torch.Tensor  # B L width
-    mask: torch.Tensor  # B L
-
-
-@dataclass(frozen=True)
 class FlowData:
-    """All latents, already scaled, and the text features of their captions; the last caption is the empty one."""
+    """All latents, already scaled, and the text features of their captions; the last caption is the empty one.
+
+    A `LatentSource`. What it holds stays on the CPU; `device` is where its batches are.
+    """
 
     latents: torch.Tensor  # M C h w
     captions: torch.Tensor  # M + 1 L width
     masks: torch.Tensor  # M + 1 L
+    device: torch.device | str = "cpu"
 
     @cached_property
     def tokens_up_to(self) -> torch.Tensor:
         """Of all captions up to each, (M,), without the empty one."""
         return self.masks[:-1].sum(1).cumsum(0)
 
-    def batch(self, draws: Draws, size: int, caption_dropout: float) -> FlowBatch:
+    def batch(self, draws: Draws, caption_dropout: float = 0.0, misaligned: bool = False) -> LatentBatch:
+        """A part's examples; see `LatentSource`."""
         # As often as a caption is long: those that say more are harder to follow, and need more practice.
-        tokens = torch.from_numpy(draws.rng.random(size)).to(self.tokens_up_to.device) * self.tokens_up_to[-1]
-        chosen = torch.searchsorted(self.tokens_up_to, tokens.floor().long(), right=True)
-        is_dropped = torch.from_numpy(draws.rng.random(size) < caption_dropout).to(self.latents.device)
-        texts = torch.where(is_dropped, len(self.latents), chosen)
-        return FlowBatch(self.latents[chosen], self.captions[texts].float(), self.masks[texts])
-
-    def to(self, device: torch.device) -> "FlowData":
-        return FlowData(self.latents.to(device), self.captions.to(device), self.masks.to(device))
+        tokens = draws.integers(int(self.tokens_up_to[-1])).cpu()
+        chosen = torch.searchsorted(self.tokens_up_to, tokens, right=True)
+        texts = torch.where(draws.uniform().cpu() < caption_dropout, len(self.latents), chosen)
+        clean = self.latents[chosen].to(self.device)
+        if not misaligned:
+            return LatentBatch(clean, *self._text(texts))
+        offsets = 1 + draws.integers(len(self.latents) - 1).cpu()
+        return LatentBatch(clean, *self._text(texts), *self._text((chosen + offsets) % len(self.latents)))
 
     def empty_caption(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and mask of the empty caption, `size` times."""
-        return self.captions[-1:].float().expand(size, -1, -1), self.masks[-1:].expand(size, -1)
+        return self._text(torch.full((size,), len(self.latents)))
+
+    def to(self, device: torch.device) -> "FlowData":
+        """The same data, with its batches on a device."""
+        return replace(self, device=device)
+
+    def _text(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.captions[chosen].to(self.device).float(), self.masks[chosen].to(self.device)
 
 
 @torch.no_grad()
@@ -116,9 +125,9 @@ def encode_captions(
     return embeds, masks
 
 
-def draw_times(draws: Draws, size: int, mean: float, device: torch.device) -> torch.Tensor:
+def draw_times(draws: Draws, mean: float) -> torch.Tensor:
     """Flow times (B,): the logistic function of a normal of unit variance (Esser et al., 2024)."""
-    return (mean + draws.normal((size,), device)).sigmoid()
+    return (mean + draws.normal()).sigmoid()
 
 
 def noisy_latents(clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -154,14 +163,14 @@ def predict_velocity(
     time: torch.Tensor,
     caption: torch.Tensor,
     mask: torch.Tensor,
-    guidance: torch.Tensor,
+    guidance: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Velocity (B, C, h, w) at guidance scales (B,), in float32."""
+    """Velocity (B, C, h, w) in float32, at guidance scales (B,) if the transformer embeds them."""
     return transformer(
         latents,
         encoder_hidden_states=caption,
         timestep=time,
-        guidance=guidance * transformer.config.guidance_embeds_scale,
+        guidance=None if guidance is None else guidance * transformer.config.guidance_embeds_scale,
         encoder_attention_mask=mask,
         return_dict=False,
     )[0].float()
@@ -175,32 +184,61 @@ def block_matrices(transformer: SanaTransformer2DModel) -> list[nn.Parameter]:
 
 def new_transformer(settings: FlowSettings) -> SanaTransformer2DModel:
     """A transformer as training from nothing starts with."""
-    torch.manual_seed(settings.optimiser.seed)
+    torch.manual_seed(settings.loop.seed)
     transformer = SanaTransformer2DModel(**settings.config)
     initialise(transformer)
     return transformer
 
 
-def train_flow(
-    transformer: SanaTransformer2DModel, data: FlowData, settings: FlowSettings, folder: Path, device: torch.device
-) -> SanaTransformer2DModel:
-    """Flow matching with caption dropout: predict noise minus data (Lipman et al., 2023; Liu et al., 2023)."""
-    transformer.to(device)
-    data = data.to(device)
-    # The guidance embedding waits for its stage, and adds zero until then.
-    time_guidance_embedding(transformer).guidance_embedder.requires_grad_(False)
-    _prepare(transformer, settings.compile)
+def use_training_kernels(transformer: SanaTransformer2DModel) -> None:
+    """Have attention computed as its backward pass is fast."""
+    for module in transformer.modules():
+        if isinstance(module, SanaAttention):
+            # The backward pass of the fused kernel takes ten times as long on a CPU, for the few tokens of a caption.
+            module.set_attention_backend("_native_math")  # type: ignore[operator]
 
-    def losses(draws: Draws) -> dict[str, torch.Tensor]:
-        batch = data.batch(draws, settings.optimiser.batch_size, settings.caption_dropout)
-        noise = draws.normal(batch.clean.shape, device)
-        time = draw_times(draws, len(noise), settings.time_mean, device)
+
+def _prepared(transformer: SanaTransformer2DModel, settings: FlowSettings) -> SanaTransformer2DModel:
+    """The same network, ready to be trained."""
+    use_training_kernels(transformer)
+    if settings.compile:
+        transformer.compile()
+    return transformer
+
+
+class FlowObjective(Objective[SanaTransformer2DModel]):
+    """Flow matching with caption dropout: predict noise minus data (Lipman et al., 2023; Liu et al., 2023)."""
+
+    def __init__(self, transformer: SanaTransformer2DModel, data: LatentSource, settings: FlowSettings) -> None:
+        super().__init__()
+        # The guidance embedding waits for its stage, and adds zero until then.
+        time_guidance_embedding(transformer).guidance_embedder.requires_grad_(False)
+        self.transformer = transformer
+        self.data = data
+        self.settings = settings
+
+    def forward(self, draws: Draws) -> dict[str, torch.Tensor]:
+        batch = self.data.batch(draws, self.settings.caption_dropout)
+        noise = draws.normal(batch.clean.shape[1:])
+        time = draw_times(draws, self.settings.time_mean)
         latents = noisy_latents(batch.clean, noise, time)
-        velocity = predict_velocity(transformer, latents, time, batch.caption, batch.mask, torch.ones_like(time))
+        velocity = predict_velocity(self.transformer, latents, time, batch.caption, batch.mask, torch.ones_like(time))
         return {"loss": F.mse_loss(velocity, noise - batch.clean)}
 
-    matrices = block_matrices(transformer)
-    average = train(transformer, losses, settings.optimiser, folder, "flow", matrices=matrices)
+    def groups(self) -> list[ParameterGroup]:
+        parameters, matrices = trainable(self.transformer), block_matrices(self.transformer)
+        return [ParameterGroup("transformer", parameters, self.settings.optimiser, matrices)]
+
+    def averaged(self) -> SanaTransformer2DModel:
+        return self.transformer
+
+
+def train_flow(
+    transformer: SanaTransformer2DModel, data: LatentSource, settings: FlowSettings, folder: Path, device: torch.device
+) -> SanaTransformer2DModel:
+    """Train a transformer to predict the flow's velocity from latents, time and caption."""
+    objective = FlowObjective(_prepared(transformer, settings), data.to(device), settings)
+    average = train(objective, settings.loop, folder, "flow", device)
     time_guidance_embedding(average).guidance_embedder.requires_grad_(True)
     return average
 
@@ -222,43 +260,53 @@ def guided_target(
     return noise - clean + (guidance.view(-1, 1, 1, 1) - 1) * (with_caption - without)
 
 
-def train_guidance(
-    teacher: SanaTransformer2DModel, data: FlowData, settings: FlowSettings, folder: Path, device: torch.device
-) -> SanaTransformer2DModel:
-    """Teach the guidance embedding, so that one pass predicts what takes two otherwise; the scale is drawn per example.
+class GuidanceObjective(Objective[SanaTransformer2DModel]):
+    """One pass of the student predicts what takes its teacher two; the guidance scale is drawn per example.
 
     The teacher stays as it is. An empty caption learns the plain velocity at every scale.
     """
-    teacher = teacher.to(device).eval().requires_grad_(False)
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    data = data.to(device)
-    low, high = settings.guidance_range
-    _prepare(student, settings.compile)
-    _prepare(teacher, settings.compile)
 
-    def losses(draws: Draws) -> dict[str, torch.Tensor]:
-        batch = data.batch(draws, settings.guidance_optimiser.batch_size, settings.caption_dropout)
-        size = len(batch.clean)
-        noise = draws.normal(batch.clean.shape, device)
-        time = draw_times(draws, size, settings.time_mean, device)
+    def __init__(
+        self,
+        student: SanaTransformer2DModel,
+        teacher: SanaTransformer2DModel,
+        data: LatentSource,
+        settings: FlowSettings,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.data = data
+        self.settings = settings
+
+    def forward(self, draws: Draws) -> dict[str, torch.Tensor]:
+        batch = self.data.batch(draws, self.settings.caption_dropout)
+        noise = draws.normal(batch.clean.shape[1:])
+        time = draw_times(draws, self.settings.time_mean)
         latents = noisy_latents(batch.clean, noise, time)
-        guidance = low + (high - low) * draws.uniform((size,), device)
-        empty, empty_mask = data.empty_caption(size)
+        low, high = self.settings.guidance_range
+        guidance = low + (high - low) * draws.uniform()
+        empty, empty_mask = self.data.empty_caption(draws.size)
         with torch.no_grad():
             ones = torch.ones_like(time)
-            with_caption = predict_velocity(teacher, latents, time, batch.caption, batch.mask, ones)
-            without = predict_velocity(teacher, latents, time, empty, empty_mask, ones)
+            with_caption = predict_velocity(self.teacher, latents, time, batch.caption, batch.mask, ones)
+            without = predict_velocity(self.teacher, latents, time, empty, empty_mask, ones)
         target = guided_target(batch.clean, noise, with_caption, without, guidance)
-        velocity = predict_velocity(student, latents, time, batch.caption, batch.mask, guidance)
+        velocity = predict_velocity(self.student, latents, time, batch.caption, batch.mask, guidance)
         return {"loss": F.mse_loss(velocity, target)}
 
-    return train(student, losses, settings.guidance_optimiser, folder, "guidance", matrices=block_matrices(student))
+    def groups(self) -> list[ParameterGroup]:
+        parameters, matrices = trainable(self.student), block_matrices(self.student)
+        return [ParameterGroup("student", parameters, self.settings.guidance_optimiser, matrices)]
+
+    def averaged(self) -> SanaTransformer2DModel:
+        return self.student
 
 
-def _prepare(transformer: SanaTransformer2DModel, compile: bool) -> None:
-    for module in transformer.modules():
-        if isinstance(module, SanaAttention):
-            # The backward pass of the fused kernel takes ten times as long on a CPU, for the few tokens of a caption.
-            module.set_attention_backend("_native_math")  # type: ignore[operator]
-    if compile:
-        transformer.compile()
+def train_guidance(
+    teacher: SanaTransformer2DModel, data: LatentSource, settings: FlowSettings, folder: Path, device: torch.device
+) -> SanaTransformer2DModel:
+    """Teach a copy of a plain transformer its guidance embedding; return the copy."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    objective = GuidanceObjective(_prepared(student, settings), _prepared(teacher, settings), data.to(device), settings)
+    return train(objective, settings.guidance_loop, folder, "guidance", device)

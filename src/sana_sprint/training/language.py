@@ -19,7 +19,10 @@ from sana_sprint.text.cleaning import normalise
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_prefix
 from sana_sprint.text.prefix import read_behind as read_behind_prefix
 from sana_sprint.text.prefix import read_prefix
-from sana_sprint.training.loop import Draws, OptimiserSettings, train
+from sana_sprint.training.draws import Draws
+from sana_sprint.training.loop import Objective, train
+from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
+from sana_sprint.training.settings import LoopSettings
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 INSTRUCTION_REPEATS = 200
@@ -32,6 +35,7 @@ class LanguageSettings:
 
     vocabulary_size: int
     config: dict[str, Any]
+    loop: LoopSettings
     optimiser: OptimiserSettings
     # How many tokens, from its own backwards, a state must be able to name.
     recalled_tokens: int = 4
@@ -140,11 +144,38 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
+class LanguageObjective(Objective[ReadingModel]):
+    """A reading model on captions behind an instruction."""
+
+    def __init__(
+        self, model: ReadingModel, tokenizer: GemmaTokenizer, captions: list[str], settings: OptimiserSettings
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.instruction, ids = tokenize_behind(tokenizer, instruction_prefix(COMPLEX_HUMAN_INSTRUCTION), captions)
+        self.ended = [torch.tensor([*caption, tokenizer.eos_token_id]) for caption in ids]
+        self.wanted = torch.tensor([answers(parse(caption)) for caption in captions])
+
+    def forward(self, draws: Draws) -> dict[str, torch.Tensor]:
+        chosen = draws.integers(len(self.ended)).cpu()
+        padded = pad_sequence([self.ended[i] for i in chosen], True, IGNORED).to(draws.device)
+        mask = (padded != IGNORED).long()
+        wanted = self.wanted[chosen].to(draws.device)
+        return self.model.losses(CaptionBatch(self.instruction.to(draws.device), padded * mask, mask, wanted))
+
+    def groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup("language_model", trainable(self.model), self.settings)]
+
+    def averaged(self) -> ReadingModel:
+        return self.model
+
+
 def train_language_model(
     captions: list[str], settings: LanguageSettings, folder: Path, device: torch.device
 ) -> tuple[GemmaTokenizer, Gemma2Model]:
     """Train a tokenizer and a causal language model on captions; return the tokenizer and the headless model."""
-    torch.manual_seed(settings.optimiser.seed)
+    torch.manual_seed(settings.loop.seed)
     instruction = instruction_prefix(COMPLEX_HUMAN_INSTRUCTION)
     texts = [normalise(caption, clean=False) for caption in captions]
     # The instruction is one text among thousands: repeated until its words are worth a token each.
@@ -158,17 +189,7 @@ def train_language_model(
     )
     # On a CPU the backward pass of the fused attention kernels takes ten times as long, for so few tokens.
     language = Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
-    model = ReadingModel(language, settings.recalled_tokens).to(device)
-    shared, ids = tokenize_behind(tokenizer, instruction, captions)
-    shared = shared.to(device)
-    ended = [torch.tensor([*caption, tokenizer.eos_token_id]) for caption in ids]
-    wanted = torch.tensor([answers(parse(caption)) for caption in captions], device=device)
-
-    def losses(draws: Draws) -> dict[str, torch.Tensor]:
-        chosen = draws.rng.integers(len(captions), size=settings.optimiser.batch_size)
-        padded = pad_sequence([ended[i] for i in chosen], True, IGNORED).to(device)
-        mask = (padded != IGNORED).long()
-        return model.losses(CaptionBatch(shared, padded * mask, mask, wanted[chosen]))
-
-    average = train(model, losses, settings.optimiser, folder, "language model")
+    model = ReadingModel(language, settings.recalled_tokens)
+    objective = LanguageObjective(model, tokenizer, captions, settings.optimiser)
+    average = train(objective, settings.loop, folder, "language model", device)
     return tokenizer, average.language.model

@@ -1,237 +1,294 @@
-"""A model and a loss to trained weights: the optimiser loop that every stage runs, resumable to the bit.
+"""An objective to trained weights: the loop that every stage runs, on one process or many, resumable to the bit.
 
 A step draws all its random numbers from generators seeded with (seed, step), so a run that stopped and went on makes
 the same steps as one that did not.
 """
 
-import copy
-import json
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
-from tqdm.auto import tqdm
 
-from sana_sprint.files import write_whole
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimiserSettings:
-    """How long and how fast to train; rates rise linearly, then fall along a cosine to a tenth of a percent."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float  # of AdamW
-    matrix_learning_rate: float = 2e-3  # of Muon, for the parameters that are handed over as matrices
-    warmup_steps: int = 200
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    seed: int = 0
-    checkpoint_every: int = 200  # steps
-    log_every: int = 20  # steps
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The random numbers of one step."""
-
-    rng: np.random.Generator
-    generator: torch.Generator  # of the CPU, so that a seed means the same numbers on every device
-
-    def normal(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-        """Standard normal numbers."""
-        return torch.randn(tuple(shape), generator=self.generator).to(device)
-
-    def uniform(self, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-        """Numbers from 0 to 1."""
-        return torch.rand(tuple(shape), generator=self.generator).to(device)
-
-    @classmethod
-    def of_step(cls, seed: int, step: int) -> "Draws":
-        rng = np.random.default_rng((seed, step))
-        return cls(rng, torch.Generator().manual_seed(int(rng.integers(2**62))))
-
+from sana_sprint.training.average import MovingAverage
+from sana_sprint.training.draws import Draws
+from sana_sprint.training.journal import Journal
+from sana_sprint.training.optimiser import Optimiser, ParameterGroup, trainable
+from sana_sprint.training.settings import LoopSettings
+from sana_sprint.training.sharding import part_like, whole
+from sana_sprint.training.states import StateFolder
 
 M = TypeVar("M", bound=nn.Module)
 
-# Losses by name, from the random numbers of a step; the one named "loss" is minimised, the others are logged.
-LossFunction = Callable[[Draws], dict[str, torch.Tensor]]
+# So many steps without a finite gradient, one after the other, are no accident any more.
+_MOST_SKIPPED = 20
+
+# A run may go on with other values of these: its steps stay the same, up to the order of sums.
+_FREE_SETTINGS = ("accumulation", "checkpoint_every", "keep", "log_every", "validate_every", "tensorboard")
 
 
-def rate_share(settings: OptimiserSettings, step: int) -> float:
-    """Share of the peak rates at a step counted from 0: linear warm-up, then a cosine down to 0.001."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
-    return 0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+class Objective(nn.Module, Generic[M]):
+    """What a stage trains: its networks, as submodules, and the losses of one step.
 
-
-class Optimiser:
-    """AdamW, and Muon for matrices, whose updates it makes orthogonal; a matrix may be a 1x1 convolution's weight.
-
-    (Jordan et al., "Muon", 2024; its rate is scaled to AdamW's, as in Liu et al., "Muon is Scalable", 2025.)
+    Networks without a single parameter that requires gradients stay in evaluation mode.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], settings: OptimiserSettings
-    ) -> None:
-        self.settings = settings
-        self.parameters = parameters
-        self.matrices = matrices
-        taken = {id(matrix) for matrix in matrices}
-        self.adamw = torch.optim.AdamW(
-            [parameter for parameter in parameters if id(parameter) not in taken],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
+    @abstractmethod
+    def forward(self, draws: Draws) -> dict[str, torch.Tensor]:
+        """Losses by name, as means over `draws.size` examples; "loss" is minimised, the others are logged."""
+
+    @abstractmethod
+    def groups(self) -> list[ParameterGroup]:
+        """Who is trained, and how; every parameter that requires gradients is in one group."""
+
+    @abstractmethod
+    def averaged(self) -> M:
+        """The submodule whose moving average is the result."""
+
+    def train(self, mode: bool = True) -> "Objective[M]":
+        super().train(mode)
+        for network in self.children():
+            network.train(mode and any(parameter.requires_grad for parameter in network.parameters()))
+        return self
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        # What accelerate shards in one piece, unless told otherwise: the blocks that the networks are made of.
+        return sorted(
+            {name for network in self.children() for name in getattr(network, "_repeated_blocks", None) or ()}
         )
-        # Views, because torch's Muon takes nothing but two dimensions; they share the parameters' memory.
-        self.views = [nn.Parameter(matrix.detach().flatten(1)) for matrix in matrices]
-        self.muon = (
-            torch.optim.Muon(
-                self.views,
-                lr=settings.matrix_learning_rate,
-                weight_decay=settings.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
+
+
+# Its score after a number of steps, the higher the better, if it has one.
+Validation = Callable[[nn.Module, int], float | None]
+
+
+def _device(accelerator: Accelerator, wanted: torch.device) -> torch.device:
+    """The device asked for, or this process's own of that kind if there are several processes.
+
+    Raises:
+        ValueError: if the processes were launched on another kind of device.
+    """
+    if not accelerator.use_distributed:
+        return wanted
+    own = accelerator.device
+    if own.type != wanted.type:
+        raise ValueError(f"the processes were launched on {own.type}, and the device asked for is {wanted.type}")
+    return own
+
+
+def check_accelerator(accelerator: Accelerator, groups: list[ParameterGroup]) -> None:
+    """Refuse what cannot work before any work is done."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed clips and updates by itself, all parameters alike, and cannot train groups of parameters with"
+            " settings of their own: launch with DDP or FSDP 2"
+        )
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP 1 is not supported: launch with fsdp_version 2")
+    for group in groups:
+        if accelerator.is_fsdp2 and group.matrices:
+            raise ValueError(
+                f"Muon needs whole matrices, and FSDP shards those of group {group.name!r}: launch with DDP"
             )
-            if matrices
-            else None
-        )
-
-    def step(self, step: int) -> torch.Tensor:
-        """Clip the gradients, update all parameters, drop the gradients; returns the norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
-        share = rate_share(self.settings, step)
-        for group in self.adamw.param_groups:
-            group["lr"] = self.settings.learning_rate * share
-        self.adamw.step()
-        if self.muon is not None:
-            for group in self.muon.param_groups:
-                group["lr"] = self.settings.matrix_learning_rate * share
-            for view, matrix in zip(self.views, self.matrices, strict=True):
-                view.grad = None if matrix.grad is None else matrix.grad.flatten(1)
-            self.muon.step()
-        for parameter in self.parameters:
-            parameter.grad = None
-        return norm
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict() if self.muon is not None else None}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adamw.load_state_dict(state["adamw"])
-        if self.muon is not None:
-            self.muon.load_state_dict(state["muon"])
+        if accelerator.is_fsdp2 and group.settings.kind == "adamw_8bit":
+            raise ValueError(f"AdamW in 8 bits cannot be sharded: choose kind='adamw' for group {group.name!r}")
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the exponential moving average of all parameters towards the model's; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    for kept, current in zip(average.buffers(), model.buffers(), strict=True):
-        kept.copy_(current)
+def _check_groups(objective: nn.Module, groups: list[ParameterGroup]) -> None:
+    """Hold the objective to its word: what requires a gradient is in one group, and nothing else is in any."""
+    grouped = [id(parameter) for group in groups for parameter in group.parameters]
+    assert sorted(grouped) == sorted(map(id, trainable(objective))), "groups and trained parameters differ"
+
+
+def _compared(settings: LoopSettings, groups: list[ParameterGroup]) -> dict[str, Any]:
+    """The settings that a run must be gone on with, by name."""
+    loop = {name: value for name, value in asdict(settings).items() if name not in _FREE_SETTINGS}
+    grouped = {f"{group.name}.{name}": value for group in groups for name, value in asdict(group.settings).items()}
+    return {**loop, **grouped}
+
+
+class _Run(Generic[M]):
+    """An objective with all that changes from step to step."""
+
+    def __init__(self, objective: Objective[M], settings: LoopSettings, folder: Path, device: torch.device) -> None:
+        self.settings = settings
+        self.states = StateFolder(folder)
+        # Precision is ours: accelerate can hold but one for the whole process, and a recipe's stages may differ.
+        self.accelerator = Accelerator(mixed_precision="no", device_placement=False)
+        self.device = _device(self.accelerator, device)
+        self.part_size = settings.part_size(self.accelerator.num_processes)
+        groups = objective.groups()
+        _check_groups(objective, groups)
+        check_accelerator(self.accelerator, groups)
+        if not self.accelerator.is_fsdp2:
+            objective.to(self.device)
+        self.objective = objective
+        self.average = MovingAverage(objective.averaged())
+        self.optimisers = [Optimiser(group) for group in groups]
+        self.network = self.accelerator.prepare(objective, *(each.adamw for each in self.optimisers))[0]
+        self.average.follow()
+        self.compared = _compared(settings, groups)
+        self.step = 0
+        self.skipped = self.skipped_in_a_row = 0
+        self.best_score = float("-inf")
+
+    @property
+    def is_done(self) -> bool:
+        return self.step == self.settings.steps
+
+    def is_due(self, every: int) -> bool:
+        """Whether it is time for what happens every so many steps and after the last."""
+        return self.step % every == 0 or self.is_done
+
+    def make_step(self) -> dict[str, float]:
+        """Update all groups, or none of them if the loss or a gradient is not finite; returns what to report."""
+        losses = self._accumulate_gradients()
+        norms = {f"{each.name}_gradient_norm": each.clip().to(self.device) for each in self.optimisers}
+        values = dict(zip([*losses, *norms], torch.stack([*losses.values(), *norms.values()]).tolist()))
+        if all(math.isfinite(values[name]) for name in ("loss", *norms)):
+            for each in self.optimisers:
+                each.update(self.step, self.settings.steps)
+            # Early steps weigh less than the decay says, or the average would remember the initialisation.
+            self.average.update(min(self.settings.ema_decay, (self.step + 1) / (self.step + 10)))
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        rates = {
+            f"{each.name}_{name}": rate
+            for each in self.optimisers
+            for name, rate in each.rates(self.step, self.settings.steps).items()
+        }
+        for each in self.optimisers:
+            each.drop_gradients()
+        self.step += 1
+        return {**values, **rates, "skipped": self.skipped}
+
+    def _accumulate_gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients of the step's mean loss, from all processes and micro-steps; returns the mean losses."""
+        accumulation = self.settings.accumulation
+        parts = accumulation * self.accelerator.num_processes
+        first = accumulation * self.accelerator.process_index
+        total: dict[str, torch.Tensor] = {}
+        for part in range(first, first + accumulation):
+            draws = Draws.of_step(self.settings.seed, self.step, self.part_size, part, parts, self.device)
+            is_last = part == first + accumulation - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.network):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+                    losses = self.network(draws)
+                (losses["loss"] / accumulation).backward()
+            for name, loss in losses.items():
+                total[name] = total.get(name, 0.0) + loss.detach().float() / accumulation
+        means = self.accelerator.reduce(torch.stack(list(total.values())), "mean")
+        return dict(zip(total, means))
+
+    def validate(self, validate: Validation) -> float | None:
+        """The average's score, on the main process; the best average so far is kept in a file."""
+        average = self.average.gather()
+        if not self.accelerator.is_main_process:
+            return None
+        score = validate(average, self.step)
+        if score is not None and score > self.best_score:
+            self.best_score = score
+            self.states.save_best(self.step, score, average.state_dict())
+        return score
+
+    def save(self) -> None:
+        state = {
+            "settings": self.compared,
+            "step": self.step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "best_score": self.best_score,
+            "network": whole(self._trained_state()),
+            "average": self.average.gather().state_dict(),
+            "optimisers": {each.name: each.state_dict() for each in self.optimisers},
+        }
+        if self.accelerator.is_main_process:
+            self.states.save(self.step, state, self.settings.keep)
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Go on from the newest state in the folder, if there is one."""
+        state = self.states.newest(self.compared)
+        if state is None:
+            return
+        for name, value in self._trained_state().items():
+            value.copy_(part_like(state["network"][name], value))
+        self.average.load_state_dict(state["average"])
+        for each in self.optimisers:
+            each.load_state_dict(state["optimisers"][each.name])
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.skipped_in_a_row, self.best_score = state["skipped_in_a_row"], state["best_score"]
+
+    def _trained_state(self) -> dict[str, torch.Tensor]:
+        """Trained parameters and all buffers, by name; a frozen network comes from where it came from before."""
+        frozen = {id(parameter) for parameter in self.objective.parameters() if not parameter.requires_grad}
+        state = self.objective.state_dict(keep_vars=True)
+        return {name: value.detach() for name, value in state.items() if id(value) not in frozen}
 
 
 def train(
-    model: M,
-    loss_function: LossFunction,
-    settings: OptimiserSettings,
+    objective: Objective[M],
+    settings: LoopSettings,
     folder: Path,
     title: str,
-    use_bfloat16: bool = True,
-    matrices: Sequence[nn.Parameter] = (),
+    device: torch.device,
+    validate: Validation | None = None,
 ) -> M:
-    """Train the parameters of `model` that require gradients; return their moving average.
+    """Train an objective's groups; return the moving average of its averaged part.
+
+    Launched with `accelerate launch`, all processes train together, with DDP or FSDP 2, whatever precision accelerate
+    is configured for.
 
     Args:
-        model: trained in place, in its own dtype (float32 for master weights).
-        loss_function: losses of one step; it runs under bfloat16 autocast if `use_bfloat16`.
-        settings: length, rates and seed.
-        folder: where `state.pt` (written every `checkpoint_every` steps, gone on from if it is there) and `log.jsonl`
-            (one line of losses every `log_every` steps) are kept.
+        objective: trained in place, in its own dtype (float32 for master weights).
+        settings: length, batch, seed, and what is written when.
+        folder: where states, `best.pt` and `log.jsonl` are kept (see `StateFolder` and `Journal`); a run goes on from
+            the newest state there. Processes on several machines must share it.
         title: shown before the progress bar.
-        matrices: those of the parameters that Muon trains; AdamW trains the others.
+        device: where to train.
+        validate: called every `validate_every` steps, and after the last, with the average and the number of steps,
+            on the main process. The average with the highest score is kept in `best.pt`.
 
     Raises:
-        ValueError: if `folder` holds the state of a run with other settings.
-        FloatingPointError: if the loss becomes infinite or NaN.
+        ValueError: if `folder` holds the state of a run with other settings; for a batch that the processes cannot
+            share, and for what accelerate is configured for and cannot work.
+        FloatingPointError: if the loss or the gradients are infinite or undefined in 20 steps in a row; a single such
+            step is skipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = Optimiser(parameters, matrices, settings)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    state_path = folder / "state.pt"
-    step = _resume(state_path, settings, model, average, optimiser)
-    device = next(model.parameters()).device
-    started, first_step, losses = time.monotonic(), step, {}
+    run = _Run(objective, settings, folder, device)
+    run.resume()
+    run.network.train()
     with (
-        tqdm(total=settings.steps, initial=step, desc=title, unit="step", dynamic_ncols=True, disable=None) as bar,
-        open(folder / "log.jsonl", "a", encoding="utf-8") as log,
+        Journal(folder if run.accelerator.is_main_process else None, title, run.step, settings) as journal,
+        warnings.catch_warnings(),
     ):
-        model.train()
-        while step < settings.steps:
-            with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16):
-                losses = loss_function(Draws.of_step(settings.seed, step))
-            if not torch.isfinite(losses["loss"]):
-                raise FloatingPointError(f"{title}: the loss is {losses['loss'].item()} at step {step}")
-            losses["loss"].backward()
-            norm = optimiser.step(step)
-            # Early steps weigh less than the decay says, or the average would remember the initialisation.
-            update_average(average, model, min(settings.ema_decay, (step + 1) / (step + 10)))
-            step += 1
-            bar.update()
-            if step % settings.log_every == 0 or step == settings.steps:
-                values = {name: round(value.item(), 6) for name, value in losses.items()}
-                rate = (step - first_step) / (time.monotonic() - started)
-                entry = {"step": step, **values, "gradient_norm": round(norm.item(), 4), "steps_per_second": rate}
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
-                bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
-            if step % settings.checkpoint_every == 0 or step == settings.steps:
-                _save_state(state_path, settings, model, average, optimiser, step)
-    return average
-
-
-def _save_state(
-    path: Path,
-    settings: OptimiserSettings,
-    model: nn.Module,
-    average: nn.Module,
-    optimiser: Optimiser,
-    step: int,
-) -> None:
-    state = {
-        "settings": asdict(settings),
-        "step": step,
-        "model": model.state_dict(),
-        "average": average.state_dict(),
-        "optimiser": optimiser.state_dict(),
-    }
-    write_whole(path, lambda partial: torch.save(state, partial))
-
-
-def _resume(path: Path, settings: OptimiserSettings, model: nn.Module, average: nn.Module, optimiser: Optimiser) -> int:
-    """Load the state in `path`, if there is one; return the number of steps done."""
-    if not path.exists():
-        return 0
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    present = asdict(settings)
-    changed = {name for name in present if state["settings"].get(name) != present[name]}
-    if changed:
-        raise ValueError(
-            f"{path} belongs to a run with other settings ({', '.join(sorted(changed))}); choose another output folder"
-            " or remove it"
-        )
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    optimiser.load_state_dict(state["optimiser"])
-    return int(state["step"])
+        # Of DDP, for weights of one input channel, whose strides may differ and mean the same.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        while not run.is_done:
+            values = run.make_step()
+            journal.advance()
+            if run.skipped_in_a_row == _MOST_SKIPPED:
+                found = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+                raise FloatingPointError(
+                    f"{title}: {_MOST_SKIPPED} steps in a row were not finite, up to step {run.step}: {found}"
+                )
+            score = run.validate(validate) if validate is not None and run.is_due(settings.validate_every) else None
+            if score is not None or run.is_due(settings.log_every):
+                journal.report(run.step, values if score is None else {**values, "score": score})
+            if run.is_due(settings.checkpoint_every):
+                run.save()
+    run.accelerator.wait_for_everyone()
+    return run.average.gather()

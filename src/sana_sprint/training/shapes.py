@@ -34,7 +34,8 @@ from sana_sprint.training.flow import (
     train_guidance,
 )
 from sana_sprint.training.language import LanguageSettings, train_language_model
-from sana_sprint.training.loop import OptimiserSettings
+from sana_sprint.training.optimiser import OptimiserSettings
+from sana_sprint.training.settings import LoopSettings
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 STAGES = ("autoencoder", "decoder", "language", "flow", "guidance", "assemble")
@@ -60,11 +61,15 @@ def _autoencoder_settings() -> AutoencoderSettings:
         "decoder_qkv_multiscales": ((), (), (), ()),
         "decoder_conv_act_fn": "silu",
     }
-    optimiser = OptimiserSettings(
-        steps=5000, batch_size=32, learning_rate=1e-3, warmup_steps=300, weight_decay=0.0, ema_decay=0.998, seed=11
+    loop = LoopSettings(steps=5000, batch_size=32, ema_decay=0.998, seed=11)
+    optimiser = OptimiserSettings(learning_rate=1e-3, warmup_steps=300, weight_decay=0.0)
+    return AutoencoderSettings(
+        config=config,
+        loop=loop,
+        optimiser=optimiser,
+        decoder_loop=replace(loop, steps=4000, seed=15),
+        decoder_optimiser=replace(optimiser, learning_rate=5e-4, warmup_steps=100),
     )
-    decoder_optimiser = replace(optimiser, steps=4000, learning_rate=5e-4, warmup_steps=100, seed=15)
-    return AutoencoderSettings(config=config, optimiser=optimiser, decoder_optimiser=decoder_optimiser)
 
 
 def _language_settings() -> LanguageSettings:
@@ -82,10 +87,12 @@ def _language_settings() -> LanguageSettings:
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     }
-    optimiser = OptimiserSettings(
-        steps=2400, batch_size=64, learning_rate=2e-3, warmup_steps=100, ema_decay=0.99, seed=12
+    return LanguageSettings(
+        vocabulary_size=1024,
+        config=config,
+        loop=LoopSettings(steps=2400, batch_size=64, ema_decay=0.99, seed=12),
+        optimiser=OptimiserSettings(learning_rate=2e-3, warmup_steps=100),
     )
-    return LanguageSettings(vocabulary_size=1024, config=config, optimiser=optimiser)
 
 
 def _flow_settings() -> FlowSettings:
@@ -108,16 +115,10 @@ def _flow_settings() -> FlowSettings:
     }
     return FlowSettings(
         config=config,
-        optimiser=OptimiserSettings(steps=10_000, batch_size=64, learning_rate=1e-3, warmup_steps=300, seed=13),
-        guidance_optimiser=OptimiserSettings(
-            steps=900,
-            batch_size=64,
-            learning_rate=3e-4,
-            matrix_learning_rate=6e-4,
-            warmup_steps=50,
-            ema_decay=0.995,
-            seed=14,
-        ),
+        loop=LoopSettings(steps=10_000, batch_size=64, seed=13),
+        optimiser=OptimiserSettings(learning_rate=1e-3, warmup_steps=300),
+        guidance_loop=LoopSettings(steps=900, batch_size=64, ema_decay=0.995, seed=14),
+        guidance_optimiser=OptimiserSettings(learning_rate=3e-4, matrix_learning_rate=6e-4, warmup_steps=50),
     )
 
 
@@ -137,24 +138,31 @@ class ShapesRecipe:
 def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: int = 8) -> ShapesRecipe:
     """The same recipe with so few steps, on so few pictures, that it shows that everything runs, and nothing more."""
 
-    def fewer(settings: OptimiserSettings) -> OptimiserSettings:
-        return replace(settings, steps=steps, batch_size=batch_size, warmup_steps=1)
+    def fewer(settings: LoopSettings) -> LoopSettings:
+        return replace(settings, steps=steps, batch_size=batch_size)
 
-    autoencoder, flow = recipe.autoencoder, recipe.flow
+    def at_once(settings: OptimiserSettings) -> OptimiserSettings:
+        return replace(settings, warmup_steps=1)
+
+    autoencoder, language, flow = recipe.autoencoder, recipe.language, recipe.flow
     return replace(
         recipe,
         num_pictures=num_pictures,
         autoencoder=replace(
             autoencoder,
-            optimiser=fewer(autoencoder.optimiser),
-            decoder_optimiser=fewer(autoencoder.decoder_optimiser),
+            loop=fewer(autoencoder.loop),
+            optimiser=at_once(autoencoder.optimiser),
+            decoder_loop=fewer(autoencoder.decoder_loop),
+            decoder_optimiser=at_once(autoencoder.decoder_optimiser),
             compile=False,
         ),
-        language=replace(recipe.language, optimiser=fewer(recipe.language.optimiser)),
+        language=replace(language, loop=fewer(language.loop), optimiser=at_once(language.optimiser)),
         flow=replace(
             flow,
-            optimiser=fewer(flow.optimiser),
-            guidance_optimiser=fewer(flow.guidance_optimiser),
+            loop=fewer(flow.loop),
+            optimiser=at_once(flow.optimiser),
+            guidance_loop=fewer(flow.guidance_loop),
+            guidance_optimiser=at_once(flow.guidance_optimiser),
             compile=False,
         ),
     )
@@ -331,7 +339,7 @@ def _model_index() -> dict[str, Any]:
     }
 
 
-def _thinned(log: Path, most: int = 60) -> list[dict[str, float]]:
+def _thinned(log: Path, most: int = 60) -> list[dict[str, Any]]:
     """At most `most` entries of a log, evenly apart, the last one among them."""
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     stride = max(1, -(-len(entries) // most))

@@ -1,0 +1,45 @@
+"""How a stage is trained, whatever it trains: length, batch, precision, and what is written when."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Precision = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How long to train, on how much at once, and what is written when.
+
+    Raises:
+        ValueError: for an unknown precision, no checkpoint to keep, or a batch that cannot be cut into the micro-steps
+            asked for.
+    """
+
+    steps: int  # updates
+    batch_size: int  # of a step, over all processes and micro-steps
+    accumulation: int = 1  # micro-steps a step is cut into, to need less memory
+    precision: Precision = "bf16"  # of the products, by autocast; weights are kept as they are
+    ema_decay: float = 0.999
+    seed: int = 0
+    checkpoint_every: int = 200  # steps
+    keep: int = 2  # how many of the newest checkpoints
+    log_every: int = 20  # steps
+    validate_every: int = 1000  # steps; and after the last
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1, for a run to go on from, got {self.keep}")
+        self.part_size(num_processes=1)
+
+    def part_size(self, num_processes: int) -> int:
+        """Examples of one process in one micro-step."""
+        parts = self.accumulation * num_processes
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size must be a multiple of processes × micro-steps, {num_processes} × {self.accumulation}, got"
+                f" {self.batch_size}"
+            )
+        return self.batch_size // parts
