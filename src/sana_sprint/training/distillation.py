@@ -1,0 +1,284 @@
+"""A flow transformer to one that needs one to four steps: continuous-time consistency with an adversarial loss.
+
+SANA-Sprint's distillation (arXiv 2503.09641, Algorithm 2): sCM makes what the student predicts the same all along the
+teacher's path, LADD makes it look real. Where paper and public code differ, docs/training.md says what was chosen.
+
+B batch, C channels, h w latent grid. Latents have unit variance; angles are TrigFlow's, in radians.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from sana_sprint.layers.embeddings import NUM_TIME_FEATURES, ScalarEmbedder, TimeGuidanceEmbedding, sinusoidal_features
+from sana_sprint.training.adversarial import (
+    Discriminator,
+    block_features,
+    discriminator_loss,
+    frozen,
+    generator_loss,
+    gradient_penalty,
+)
+from sana_sprint.training.datasets.source import LatentBatch, LatentSource
+from sana_sprint.training.draws import Draws
+from sana_sprint.training.flow import block_matrices, predict_velocity, use_training_kernels
+from sana_sprint.training.loop import Objective
+from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
+from sana_sprint.transformer.model import SanaTransformer2DModel
+from sana_sprint.trigflow.bridge import flow_time, trigflow_velocity
+from sana_sprint.trigflow.consistency import (
+    consistency_loss,
+    consistency_tangent,
+    draw_angles,
+    velocity_and_derivative,
+)
+from sana_sprint.trigflow.path import add_noise, cosine_and_sine, predict_clean
+
+
+@dataclass(frozen=True, kw_only=True)
+class AngleDistribution:
+    """Angles arctan(exp(N(mean, std)) / sigma_data)."""
+
+    mean: float
+    std: float
+
+    def draw(self, draws: Draws, sigma_data: float) -> torch.Tensor:
+        return draw_angles(draws.normal(), self.mean, self.std, sigma_data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings:
+    """The objective. Defaults are the paper's for 1024 px, where it says them."""
+
+    student: OptimiserSettings
+    discriminator: OptimiserSettings
+    # Of the log-variance alone: its gradients are far larger than the student's, and would be clipped with them.
+    log_variance_rate: float = 1e-3
+    sigma_data: float = 0.5  # shifts the angles only: all networks see unit variance
+    student_angles: AngleDistribution = field(default_factory=lambda: AngleDistribution(mean=0.0, std=1.6))
+    discriminator_angles: AngleDistribution = field(default_factory=lambda: AngleDistribution(mean=-0.6, std=1.0))
+    # Share of the examples that start from pure noise, where consistency teaches nothing and one step is decided.
+    max_time_share: float = 0.5
+    guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
+    tangent_warmup_steps: int = 2000  # updates of the student; 4000 of the public code, which counts both networks'
+    consistency_weight: float = 1.0  # 0: LADD alone
+    adversarial_weight: float = 0.5  # 0: sCM alone
+    head_blocks: tuple[int, ...] = (2, 8, 14, 19)
+    misaligned_pairs: bool = True
+    gradient_penalty: float = 0.0  # R1 on the heads' inputs
+    use_muon: bool = False  # for the matrices of the student's blocks, which must be whole then: no FSDP
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.consistency_weight or self.adversarial_weight):
+            raise ValueError("consistency_weight and adversarial_weight are both 0: there is nothing to learn")
+        if not 0 <= self.max_time_share < 1 and self.consistency_weight:
+            raise ValueError(f"max_time_share must lie in [0, 1) for a consistency loss, got {self.max_time_share}")
+        if list(self.head_blocks) != sorted(set(self.head_blocks)):
+            raise ValueError(f"head_blocks must ascend, got {self.head_blocks}")
+
+
+class LogVariance(nn.Module):
+    """The logarithm of how large the consistency loss is at an angle; starts at 0. (B,) to (B,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(NUM_TIME_FEATURES, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, angle: torch.Tensor) -> torch.Tensor:
+        return self.linear(sinusoidal_features(angle, NUM_TIME_FEATURES, cosine_first=True)).float().squeeze(1)
+
+
+def student_of(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
+    """A trainable copy that embeds its guidance; it predicts what the teacher predicts, at every scale.
+
+    A new guidance embedding has a random first layer and a second one of zeros: were both zero, as in diffusers'
+    example, neither would ever get a gradient.
+    """
+    if isinstance(teacher.time_embed, TimeGuidanceEmbedding):
+        return copy.deepcopy(teacher).train().requires_grad_(True)
+    student = SanaTransformer2DModel.from_config(teacher.config, guidance_embeds=True)
+    weights = {name.replace("time_embed.emb.", "time_embed."): value for name, value in teacher.state_dict().items()}
+    missing, unexpected = student.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all("guidance_embedder" in name for name in missing)
+    embedder: ScalarEmbedder = student.time_embed.guidance_embedder
+    nn.init.normal_(embedder.linear_1.weight, std=0.02)
+    nn.init.zeros_(embedder.linear_1.bias)
+    nn.init.zeros_(embedder.linear_2.weight)
+    nn.init.zeros_(embedder.linear_2.bias)
+    return student.to(next(teacher.parameters()).device).train()
+
+
+def guided_velocity(
+    teacher: SanaTransformer2DModel,
+    latents: torch.Tensor,
+    time: torch.Tensor,
+    batch: LatentBatch,
+    empty: tuple[torch.Tensor, torch.Tensor],
+    guidance: torch.Tensor,
+) -> torch.Tensor:
+    """The flow velocity (B, C, h, w) of a teacher at guidance scales (B,).
+
+    In one pass where the teacher embeds the scale; else by classifier-free guidance (Ho and Salimans, 2022) against the
+    empty caption with its own mask, which is what the teacher has learned without a caption.
+    """
+    if isinstance(teacher.time_embed, TimeGuidanceEmbedding):
+        return predict_velocity(teacher, latents, time, batch.caption, batch.mask, guidance)
+    with_caption = predict_velocity(teacher, latents, time, batch.caption, batch.mask, None)
+    without = predict_velocity(teacher, latents, time, *empty, None)
+    return without + guidance.view(-1, 1, 1, 1) * (with_caption - without)
+
+
+class Distillation(Objective[SanaTransformer2DModel]):
+    """A student, its frozen teacher, and a discriminator on the teacher's features; both learn in every step.
+
+    One pass of the student serves both losses: it gives the velocity with its graph, the derivative along the teacher's
+    path, and so the clean latents that the discriminator sees. Examples that start from pure noise have no consistency
+    loss, whose weight is zero there. The fakes of a step teach the student and the discriminator.
+    """
+
+    def __init__(self, teacher: SanaTransformer2DModel, data: LatentSource, settings: DistillationSettings) -> None:
+        super().__init__()
+        blocks = settings.head_blocks
+        if settings.adversarial_weight and (not blocks or blocks[-1] >= len(teacher.transformer_blocks)):
+            raise ValueError(
+                f"head_blocks must name some of the teacher's {len(teacher.transformer_blocks)} blocks, got {blocks}"
+            )
+        self.settings = settings
+        self.data = data
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.student = student_of(teacher)
+        self.log_variance = LogVariance() if settings.consistency_weight else None
+        self.discriminator = (
+            Discriminator(len(blocks), self.student.proj_out.in_features) if settings.adversarial_weight else None
+        )
+        for network in (self.teacher, self.student):
+            use_training_kernels(network)
+        self._features = torch.compile(block_features) if settings.compile else block_features
+        self._student_pass = torch.compile(self._differentiate) if settings.compile else self._differentiate
+        self._teacher_pass = torch.compile(self._teach) if settings.compile else self._teach
+
+    def groups(self) -> list[ParameterGroup]:
+        student = self.settings.student
+        matrices = block_matrices(self.student) if self.settings.use_muon else []
+        groups = [ParameterGroup("student", trainable(self.student), student, matrices)]
+        if self.log_variance is not None:
+            settings = replace(student, kind="adamw", learning_rate=self.settings.log_variance_rate)
+            groups.append(ParameterGroup("log_variance", trainable(self.log_variance), settings))
+        if self.discriminator is not None:
+            parameters = trainable(self.discriminator)
+            groups.append(ParameterGroup("discriminator", parameters, self.settings.discriminator))
+        return groups
+
+    def averaged(self) -> SanaTransformer2DModel:
+        return self.student
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        # FSDP's hooks on single blocks cannot be differentiated forwards: everything is one unit.
+        return []
+
+    def forward(self, draws: Draws) -> dict[str, torch.Tensor]:
+        settings = self.settings
+        batch = self.data.batch(draws, misaligned=self.discriminator is not None and settings.misaligned_pairs)
+        noise = draws.normal(batch.clean.shape[1:])
+        guidance = draws.choice(settings.guidance_scales)
+        is_pure_noise = draws.uniform() < settings.max_time_share
+        drawn = settings.student_angles.draw(draws, settings.sigma_data)
+        angle = torch.where(is_pure_noise, math.pi / 2, drawn)
+        sample = add_noise(batch.clean, noise, angle)
+
+        losses: dict[str, torch.Tensor] = {}
+        if self.log_variance is not None:
+            with torch.no_grad():
+                teacher_velocity = self._teacher_pass(sample, angle, batch, guidance)
+            velocity, derivative = self._student_pass(sample, angle, batch, guidance, teacher_velocity)
+            warmup = min(1.0, draws.step / max(settings.tangent_warmup_steps, 1))
+            tangent = consistency_tangent(sample, angle, velocity, teacher_velocity, derivative, warmup)
+            each = consistency_loss(velocity, tangent, angle, self.log_variance(angle))
+            # By the expected share and not the count, so that parts of a batch add up to the whole.
+            losses["consistency"] = torch.where(is_pure_noise, 0.0, each).mean() / (1 - settings.max_time_share)
+            losses["tangent"] = derivative.flatten(1).norm(dim=1).mean()
+        else:
+            velocity = self._student(sample, angle, batch, guidance)
+        if self.discriminator is not None:
+            losses |= self._adversarial(draws, batch, predict_clean(sample, velocity, angle))
+        weights = {
+            "consistency": settings.consistency_weight,
+            "adversarial": settings.adversarial_weight,
+            "discriminator": 1.0,
+        }
+        weighted = [weight * losses[name] for name, weight in weights.items() if name in losses]
+        return {"loss": torch.stack(weighted).sum(), **losses}
+
+    def _adversarial(self, draws: Draws, batch: LatentBatch, fake: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The losses of the student and of the discriminator, which learns from the same fakes, and moves them not."""
+        settings, discriminator = self.settings, self.discriminator
+        assert discriminator is not None
+        features = self._noised_features(draws, fake, batch.caption, batch.mask)
+        with frozen(discriminator):
+            student_loss = generator_loss(discriminator(features))
+        fakes = [discriminator([x.detach() for x in features])]
+        with torch.no_grad():
+            real_features = self._noised_features(draws, batch.clean, batch.caption, batch.mask)
+        if settings.gradient_penalty:
+            real_features = [x.requires_grad_() for x in real_features]
+        real = discriminator(real_features)
+        if batch.wrong_caption is not None and batch.wrong_mask is not None:
+            with torch.no_grad():
+                wrong_features = self._noised_features(draws, batch.clean, batch.wrong_caption, batch.wrong_mask)
+            fakes.append(discriminator(wrong_features))
+        loss = discriminator_loss(real, torch.cat(fakes))
+        if settings.gradient_penalty:
+            loss = loss + settings.gradient_penalty * gradient_penalty(real, real_features)
+        return {"adversarial": student_loss, "discriminator": loss}
+
+    def _noised_features(
+        self, draws: Draws, clean: torch.Tensor, caption: torch.Tensor, mask: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The teacher's features of clean latents, noised to an angle and by a noise of their own."""
+        angle = self.settings.discriminator_angles.draw(draws, self.settings.sigma_data)
+        noisy = add_noise(clean, draws.normal(clean.shape[1:]), angle)
+        c, s = cosine_and_sine(angle, noisy)
+        embeds_guidance = isinstance(self.teacher.time_embed, TimeGuidanceEmbedding)
+        scale = self.teacher.config.guidance_embeds_scale
+        guidance = torch.full_like(angle, scale) if embeds_guidance else None
+        return self._features(
+            self.teacher, self.settings.head_blocks, noisy / (c + s), flow_time(angle), caption, mask, guidance
+        )
+
+    def _student(
+        self, sample: torch.Tensor, angle: torch.Tensor, batch: LatentBatch, guidance: torch.Tensor
+    ) -> torch.Tensor:
+        def network(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            return predict_velocity(self.student, latents, time, batch.caption, batch.mask, guidance)
+
+        return trigflow_velocity(network, sample, angle, sigma_data=1.0)
+
+    def _differentiate(
+        self,
+        sample: torch.Tensor,
+        angle: torch.Tensor,
+        batch: LatentBatch,
+        guidance: torch.Tensor,
+        teacher_velocity: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return velocity_and_derivative(
+            lambda sample, angle: self._student(sample, angle, batch, guidance), sample, angle, teacher_velocity
+        )
+
+    def _teach(
+        self, sample: torch.Tensor, angle: torch.Tensor, batch: LatentBatch, guidance: torch.Tensor
+    ) -> torch.Tensor:
+        empty = self.data.empty_caption(len(sample))
+
+        def network(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            return guided_velocity(self.teacher, latents, time, batch, empty, guidance)
+
+        return trigflow_velocity(network, sample, angle, sigma_data=1.0)
