@@ -52,6 +52,8 @@ setup(
     ],
     extras_require={
         "lora": ["peft>=0.17"],
+        # torch-fidelity needs a torchvision that fits the torch that is installed.
+        "evaluation": ["torch-fidelity>=0.4"],
         "train": ["matplotlib>=3.9", "tensorboard>=2.18", "webdataset>=1.0"],
         "dev": ["mypy>=1.15", "peft>=0.17", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.12"],
     },

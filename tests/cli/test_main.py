@@ -21,7 +21,17 @@ def exit_code(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["generate", "--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"], []]
+    "arguments",
+    [
+        ["--help"],
+        ["generate", "--help"],
+        ["cache-latents", "--help"],
+        ["train", "--help"],
+        ["evaluate", "--help"],
+        ["search-timesteps", "--help"],
+        ["--version"],
+        [],
+    ],
 )
 def test_help_and_version_import_neither_torch_nor_diffusers(arguments):
     code = f"""

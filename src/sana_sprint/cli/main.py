@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sana_sprint import __version__
-from sana_sprint.cli import convert, evaluate, generate, inspect, plan, screen, train
+from sana_sprint.cli import cache_latents, convert, evaluate, generate, inspect, plan, screen, search_timesteps, train
 
 _ERROR, _INTERRUPTED, _PIPE_CLOSED = 2, 130, 141  # the last two as shells have them: 128 + the signal's number
 
@@ -32,8 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module, name, summary in (
         (generate, "generate", "draw pictures from prompts"),
+        (cache_latents, "cache-latents", "encode pictures and captions ahead, for training"),
         (train, "train", "train a checkpoint"),
-        (evaluate, "evaluate", "score a model on captions of the shapes world"),
+        (evaluate, "evaluate", "score a model on captions of the shapes world, or pictures of any"),
+        (search_timesteps, "search-timesteps", "find the angles that a model draws best with"),
         (convert, "convert", "turn a checkpoint into another layout"),
         (inspect, "inspect", "say what a checkpoint is, and what is wrong with it"),
         (plan, "plan", "say how a model fits the memory of a machine"),
