@@ -1,4 +1,4 @@
-"""A tiny flow objective and its training: in this process or, as a script, in others, which a test may kill."""
+"""Tiny objectives and their training: in this process or, as a script, in others, which a test may kill."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
+from sana_sprint.training.distillation import Distillation, DistillationSettings
 from sana_sprint.training.draws import Draws
 from sana_sprint.training.flow import FlowData, FlowObjective, FlowSettings, initialise
 from sana_sprint.training.loop import train
@@ -40,6 +41,36 @@ LONG_LOOP = replace(LOOP, steps=40)
 OPTIMISER = OptimiserSettings(learning_rate=1e-2, warmup_steps=2)
 
 
+def tiny_data(size: int = 16) -> FlowData:
+    """Random latents and captions."""
+    generator = torch.Generator().manual_seed(1)
+    return FlowData(
+        torch.randn(size, 4, 4, 4, generator=generator),
+        torch.randn(size + 1, 5, 8, generator=generator).bfloat16(),
+        torch.ones(size + 1, 5, dtype=torch.long),
+    )
+
+
+def tiny_teacher(**config: Any) -> SanaTransformer2DModel:
+    """A transformer with random weights."""
+    torch.manual_seed(0)
+    return SanaTransformer2DModel(**CONFIG | config).eval()
+
+
+DISTILLATION = DistillationSettings(
+    student=OPTIMISER, discriminator=OPTIMISER, head_blocks=(0, 1), tangent_warmup_steps=10, compile=False
+)
+# Eight examples for each of two processes: batch norms of the discriminator are over eight.
+DISTILLATION_LOOP = replace(LOOP, batch_size=16)
+
+
+def distil(folder: Path) -> SanaTransformer2DModel:
+    """The student after distillation in a folder."""
+    torch.manual_seed(1)
+    objective = Distillation(tiny_teacher(), tiny_data(), DISTILLATION)
+    return train(objective, DISTILLATION_LOOP, folder, "tiny student", torch.device("cpu"))
+
+
 class TinyFlow(FlowObjective):
     """Flow matching on random latents and captions.
 
@@ -50,16 +81,10 @@ class TinyFlow(FlowObjective):
         torch.manual_seed(0)
         transformer = SanaTransformer2DModel(**CONFIG)
         initialise(transformer)
-        generator = torch.Generator().manual_seed(1)
-        data = FlowData(
-            torch.randn(16, 4, 4, 4, generator=generator),
-            torch.randn(17, 5, 8, generator=generator).bfloat16(),
-            torch.ones(17, 5, dtype=torch.long),
-        )
         settings = FlowSettings(
             config=CONFIG, loop=LOOP, optimiser=optimiser, guidance_loop=LOOP, guidance_optimiser=optimiser
         )
-        super().__init__(transformer, data, settings)
+        super().__init__(transformer, tiny_data(), settings)
         self.use_muon = use_muon
         self.seconds = seconds
 
@@ -107,9 +132,12 @@ def shard_from_now_on(fsdp_version: int) -> None:
 def run_as_one_of_several(folder: Path) -> None:
     """Train with DDP, then sharded, there stopping and going on, and note what is refused."""
     run(folder / "ddp")
+    distil(folder / "distilled-ddp")
     messages: dict[str, Any] = {"other device": refusal(lambda: run(folder / "refused", device="cuda"))}
     messages["odd batch"] = refusal(lambda: run(folder / "refused", replace(LOOP, batch_size=9)))
     shard_from_now_on(fsdp_version=2)
+    distil(folder / "distilled-fsdp")
+    shard_from_now_on(fsdp_version=2)  # once more, for accelerate keeps what units the first network had
     run(folder / "fsdp", use_muon=False)
     if Accelerator().is_main_process:
         (folder / "fsdp" / "state-000006.pt").rename(folder / "whole.pt")

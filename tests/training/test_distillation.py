@@ -6,44 +6,28 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import CONFIG
+from tiny_training import DISTILLATION as SETTINGS
+from tiny_training import OPTIMISER, tiny_data, tiny_teacher
 
 from sana_sprint.training.datasets.source import LatentBatch
 from sana_sprint.training.distillation import Distillation, DistillationSettings, student_of
 from sana_sprint.training.draws import Draws
 from sana_sprint.training.flow import FlowData, predict_velocity, use_training_kernels
 from sana_sprint.training.loop import train
-from sana_sprint.training.optimiser import OptimiserSettings
 from sana_sprint.training.settings import LoopSettings
 from sana_sprint.transformer.model import SanaTransformer2DModel
 from sana_sprint.trigflow.bridge import trigflow_velocity
 from sana_sprint.trigflow.consistency import velocity_and_derivative
 from sana_sprint.trigflow.path import predict_clean
 
-OPTIMISER = OptimiserSettings(learning_rate=1e-2, matrix_learning_rate=1e-2, warmup_steps=2, weight_decay=0.0)
-SETTINGS = DistillationSettings(
-    student=OPTIMISER, discriminator=OPTIMISER, head_blocks=(0, 1), tangent_warmup_steps=10, compile=False
-)
-
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def teacher(**config: Any) -> SanaTransformer2DModel:
-    torch.manual_seed(0)
-    return SanaTransformer2DModel(**CONFIG | config).eval()
-
-
-def data(size: int = 16) -> FlowData:
-    return FlowData(
-        draw(size, 4, 4, 4), draw(size + 1, 5, 8, seed=1).bfloat16(), torch.ones(size + 1, 5, dtype=torch.long)
-    )
-
-
 def distillation(settings: DistillationSettings = SETTINGS, **config: Any) -> Distillation:
     torch.manual_seed(1)
-    return Distillation(teacher(**config), data(), settings)
+    return Distillation(tiny_teacher(**config), tiny_data(), settings)
 
 
 def gradients(objective: Distillation, loss: str, size: int = 4) -> dict[str, bool]:
@@ -58,7 +42,7 @@ def gradients(objective: Distillation, loss: str, size: int = 4) -> dict[str, bo
 
 @pytest.mark.parametrize("guidance_embeds", [False, True])
 def test_the_student_starts_equal_to_its_teacher_at_every_guidance_scale(guidance_embeds):
-    original = teacher(guidance_embeds=guidance_embeds)
+    original = tiny_teacher(guidance_embeds=guidance_embeds)
     student = student_of(original).eval()
     inputs = (draw(3, 4, 4, 4), torch.tensor([0.1, 0.5, 0.9]), draw(3, 5, 8, seed=1), torch.ones(3, 5))
     scales = torch.tensor([1.0, 4.5, 9.0])
@@ -82,7 +66,7 @@ def test_a_new_guidance_embedding_learns_with_both_its_layers():
 
 @pytest.mark.parametrize("qk_norm", [None, "rms_norm_across_heads"])
 def test_the_derivative_of_the_whole_student_is_that_of_finite_differences(qk_norm):
-    student = teacher(qk_norm=qk_norm).double()
+    student = tiny_teacher(qk_norm=qk_norm).double()
     use_training_kernels(student)
     caption, mask, guidance = draw(2, 5, 8, dtype=torch.float64), torch.ones(2, 5), torch.full((2,), 4.5).double()
     mask[1, 3:] = 0
@@ -192,10 +176,10 @@ def test_heads_need_blocks_that_the_teacher_has(blocks):
 
 def test_one_step_of_the_student_comes_to_where_many_of_the_teacher_lead(tmp_path):
     """The end of the teacher's own flow is known, whatever it was trained on: fifty small steps go there."""
-    original = teacher()
+    original = tiny_teacher()
     use_training_kernels(original)
     settings = replace(SETTINGS, adversarial_weight=0.0, guidance_scales=(4.5,), max_time_share=0.0)
-    source = data(4)
+    source = tiny_data(4)
     objective = Distillation(original, source, settings)
     loop = LoopSettings(steps=150, batch_size=32, precision="fp32", ema_decay=0.9, seed=1)
     caption, mask = source.captions[:4].float(), source.masks[:4]

@@ -81,21 +81,27 @@ def two_processes(tmp_path_factory):
     return folder
 
 
-def assert_close_to_one_process(folder, path, **objective):
+def assert_same_losses(folder, path, names):
     """In float32 and another order of sums, which six updates carry on."""
-    tiny_training.run(path, **objective)
-    names = ("loss", "transformer_gradient_norm")
     ours, theirs = ([[entry[name] for name in names] for entry in log_of(each)] for each in (folder, path))
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
     assert len(ours) == tiny_training.LOOP.steps
 
 
 def test_two_processes_make_the_steps_of_one(two_processes, tmp_path):
-    assert_close_to_one_process(two_processes / "ddp", tmp_path)
+    tiny_training.run(tmp_path)
+    assert_same_losses(two_processes / "ddp", tmp_path, ("loss", "transformer_gradient_norm"))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_distil_as_one(two_processes, tmp_path, kind):
+    tiny_training.distil(tmp_path)
+    assert_same_losses(two_processes / f"distilled-{kind}", tmp_path, ("consistency", "adversarial", "discriminator"))
 
 
 def test_sharded_processes_make_the_steps_of_one(two_processes, tmp_path):
-    assert_close_to_one_process(two_processes / "fsdp", tmp_path, use_muon=False)
+    tiny_training.run(tmp_path, use_muon=False)
+    assert_same_losses(two_processes / "fsdp", tmp_path, ("loss", "transformer_gradient_norm"))
     averages = [state_of(two_processes / f"average-{rank}.pt") for rank in (0, 1)]
     saved = state_of(tmp_path / "state-000006.pt")["average"]
     for average in averages:
