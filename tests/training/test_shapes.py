@@ -29,7 +29,8 @@ from sana_sprint.training.flow import (
     train_guidance,
 )
 from sana_sprint.training.language import CaptionBatch, ReadingModel
-from sana_sprint.training.shapes import STAGES, ShapesRecipe, ShapesTraining, shortened
+from sana_sprint.training.recipes.shapes import ShapesRecipe, shortened
+from sana_sprint.training.shapes import STAGES, ShapesTraining
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -50,6 +51,7 @@ def test_the_assembled_folder_draws_in_our_pipeline_and_loads_in_diffusers(train
     picture = ours("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert picture.size == (64, 64)
     theirs = diffusers.SanaSprintPipeline.from_pretrained(trained / "checkpoint")
+    assert type(theirs.scheduler) is diffusers.SCMScheduler
     assert type(theirs.transformer) is diffusers.SanaTransformer2DModel
     for name in ("transformer", "vae"):
         ours_state, their_state = (getattr(pipe, name).state_dict() for pipe in (ours, theirs))
@@ -78,6 +80,22 @@ def test_a_stage_before_its_predecessor_names_what_is_missing(tmp_path):
         ShapesTraining(tmp_path, RECIPE).run(["flow"])
     with pytest.raises(ValueError, match="stages must be of autoencoder, decoder, language"):
         ShapesTraining(tmp_path, RECIPE).run(["flwo"])
+
+
+def test_the_student_is_distilled_in_two_stages_and_is_what_is_assembled(trained):
+    stages = ("guidance", "consistency", "distillation")
+    teacher, half, student = (load_file(trained / stage / "transformer" / WEIGHTS) for stage in stages)
+    assembled = load_file(trained / "checkpoint" / "transformer" / WEIGHTS)
+    assert assembled.keys() == student.keys() == teacher.keys()
+    assert all(torch.equal(assembled[name], weight.bfloat16()) for name, weight in student.items())
+    # Two short steps apart each.
+    distances = [(network["proj_out.weight"] - teacher["proj_out.weight"]).norm() for network in (half, student)]
+    assert 0 < distances[0] < distances[1]
+
+
+def test_a_start_does_not_stand_for_a_stage_that_has_not_run(trained, tmp_path):
+    with pytest.raises(ValueError, match="stage 'guidance' has left no result"):
+        ShapesTraining(tmp_path, RECIPE, start=trained / "checkpoint").run(["consistency"])
 
 
 def test_no_training_caption_is_held_out(trained):
@@ -272,7 +290,7 @@ def test_training_goes_on_from_a_checkpoint(trained, tmp_path):
     checkpoint = ShapesTraining(tmp_path, recipe, start=start).run()
     record = json.loads((checkpoint / "training.json").read_text())
     assert record["started_from"] == json.loads((start / "training.json").read_text())
-    assert list(record["losses"]) == ["flow", "guidance"]
+    assert list(record["losses"]) == ["flow", "guidance", "consistency", "distillation"]
     for part in (f"vae/{WEIGHTS}", "text_encoder/model.safetensors"):
         before, after = (load_file(folder / part) for folder in (start, checkpoint))
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

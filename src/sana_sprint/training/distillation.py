@@ -138,12 +138,20 @@ def guided_velocity(
 class Distillation(Objective[SanaTransformer2DModel]):
     """A student, its frozen teacher, and a discriminator on the teacher's features; both learn in every step.
 
+    The student starts from the one that is given, or from the teacher.
+
     One pass of the student serves both losses: it gives the velocity with its graph, the derivative along the teacher's
     path, and so the clean latents that the discriminator sees. Examples that start from pure noise have no consistency
     loss, whose weight is zero there. The fakes of a step teach the student and the discriminator.
     """
 
-    def __init__(self, teacher: SanaTransformer2DModel, data: LatentSource, settings: DistillationSettings) -> None:
+    def __init__(
+        self,
+        teacher: SanaTransformer2DModel,
+        data: LatentSource,
+        settings: DistillationSettings,
+        student: SanaTransformer2DModel | None = None,
+    ) -> None:
         super().__init__()
         blocks = settings.head_blocks
         if settings.adversarial_weight and (not blocks or blocks[-1] >= len(teacher.transformer_blocks)):
@@ -153,7 +161,7 @@ class Distillation(Objective[SanaTransformer2DModel]):
         self.settings = settings
         self.data = data
         self.teacher = teacher.eval().requires_grad_(False)
-        self.student = student_of(teacher)
+        self.student = student_of(teacher if student is None else student)
         self.log_variance = LogVariance() if settings.consistency_weight else None
         self.discriminator = (
             Discriminator(len(blocks), self.student.proj_out.in_features) if settings.adversarial_weight else None

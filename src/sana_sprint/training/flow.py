@@ -23,27 +23,34 @@ from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_
 from sana_sprint.training.datasets.source import LatentBatch, LatentSource
 from sana_sprint.training.draws import Draws
 from sana_sprint.training.language import read_behind, tokenize_behind
-from sana_sprint.training.loop import Objective, train
+from sana_sprint.training.loop import Objective, Validation, train
 from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
 from sana_sprint.training.settings import LoopSettings
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowSettings:
-    """The network, the objective and the length of both stages."""
+class FlowMatchingSettings:
+    """The objective of a flow transformer."""
 
-    config: dict[str, Any]
-    loop: LoopSettings
     optimiser: OptimiserSettings
-    guidance_loop: LoopSettings
-    guidance_optimiser: OptimiserSettings
     # Share of the captions replaced by the empty one, which guidance needs a velocity for.
     caption_dropout: float = 0.1
     # Mean of the normal whose logistic the times are: above 0 for more noise, where captions matter most.
     time_mean: float = 0.9
-    guidance_range: tuple[float, float] = (1.0, 5.0)
+    use_muon: bool = True  # for the matrices of the blocks, which must be whole then: no FSDP
     compile: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSettings(FlowMatchingSettings):
+    """The network, the objective and the length of both stages of the shapes recipe."""
+
+    config: dict[str, Any]
+    loop: LoopSettings
+    guidance_loop: LoopSettings
+    guidance_optimiser: OptimiserSettings
+    guidance_range: tuple[float, float] = (1.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,11 @@ def noisy_latents(clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) 
     return torch.lerp(clean, noise, time.view(-1, 1, 1, 1))
 
 
+def embeds_guidance(transformer: SanaTransformer2DModel) -> bool:
+    """Whether the guidance scale is an input of the transformer."""
+    return isinstance(transformer.time_embed, TimeGuidanceEmbedding)
+
+
 def time_guidance_embedding(transformer: SanaTransformer2DModel) -> TimeGuidanceEmbedding:
     """The module that embeds time and guidance scale.
 
@@ -198,7 +210,7 @@ def use_training_kernels(transformer: SanaTransformer2DModel) -> None:
             module.set_attention_backend("_native_math")  # type: ignore[operator]
 
 
-def _prepared(transformer: SanaTransformer2DModel, settings: FlowSettings) -> SanaTransformer2DModel:
+def _prepared(transformer: SanaTransformer2DModel, settings: FlowMatchingSettings) -> SanaTransformer2DModel:
     """The same network, ready to be trained."""
     use_training_kernels(transformer)
     if settings.compile:
@@ -207,12 +219,16 @@ def _prepared(transformer: SanaTransformer2DModel, settings: FlowSettings) -> Sa
 
 
 class FlowObjective(Objective[SanaTransformer2DModel]):
-    """Flow matching with caption dropout: predict noise minus data (Lipman et al., 2023; Liu et al., 2023)."""
+    """Flow matching with caption dropout: predict noise minus data (Lipman et al., 2023; Liu et al., 2023).
 
-    def __init__(self, transformer: SanaTransformer2DModel, data: LatentSource, settings: FlowSettings) -> None:
+    A transformer without a guidance embedding is trained whole.
+    """
+
+    def __init__(self, transformer: SanaTransformer2DModel, data: LatentSource, settings: FlowMatchingSettings) -> None:
         super().__init__()
-        # The guidance embedding waits for its stage, and adds zero until then.
-        time_guidance_embedding(transformer).guidance_embedder.requires_grad_(False)
+        if embeds_guidance(transformer):
+            # The guidance embedding waits for its stage, and adds zero until then.
+            time_guidance_embedding(transformer).guidance_embedder.requires_grad_(False)
         self.transformer = transformer
         self.data = data
         self.settings = settings
@@ -222,25 +238,30 @@ class FlowObjective(Objective[SanaTransformer2DModel]):
         noise = draws.normal(batch.clean.shape[1:])
         time = draw_times(draws, self.settings.time_mean)
         latents = noisy_latents(batch.clean, noise, time)
-        velocity = predict_velocity(self.transformer, latents, time, batch.caption, batch.mask, torch.ones_like(time))
+        guidance = torch.ones_like(time) if embeds_guidance(self.transformer) else None
+        velocity = predict_velocity(self.transformer, latents, time, batch.caption, batch.mask, guidance)
         return {"loss": F.mse_loss(velocity, noise - batch.clean)}
 
     def groups(self) -> list[ParameterGroup]:
-        parameters, matrices = trainable(self.transformer), block_matrices(self.transformer)
-        return [ParameterGroup("transformer", parameters, self.settings.optimiser, matrices)]
+        matrices = block_matrices(self.transformer) if self.settings.use_muon else []
+        return [ParameterGroup("transformer", trainable(self.transformer), self.settings.optimiser, matrices)]
 
     def averaged(self) -> SanaTransformer2DModel:
         return self.transformer
 
 
 def train_flow(
-    transformer: SanaTransformer2DModel, data: LatentSource, settings: FlowSettings, folder: Path, device: torch.device
+    transformer: SanaTransformer2DModel,
+    data: LatentSource,
+    settings: FlowMatchingSettings,
+    loop: LoopSettings,
+    folder: Path,
+    device: torch.device,
+    validate: Validation | None = None,
 ) -> SanaTransformer2DModel:
-    """Train a transformer to predict the flow's velocity from latents, time and caption."""
+    """Train a transformer to predict the flow's velocity from latents, time and caption; the rest is as for `train`."""
     objective = FlowObjective(_prepared(transformer, settings), data.to(device), settings)
-    average = train(objective, settings.loop, folder, "flow", device)
-    time_guidance_embedding(average).guidance_embedder.requires_grad_(True)
-    return average
+    return train(objective, loop, folder, "flow", device, validate).requires_grad_(True)
 
 
 def guided_target(
@@ -296,8 +317,8 @@ class GuidanceObjective(Objective[SanaTransformer2DModel]):
         return {"loss": F.mse_loss(velocity, target)}
 
     def groups(self) -> list[ParameterGroup]:
-        parameters, matrices = trainable(self.student), block_matrices(self.student)
-        return [ParameterGroup("student", parameters, self.settings.guidance_optimiser, matrices)]
+        matrices = block_matrices(self.student) if self.settings.use_muon else []
+        return [ParameterGroup("student", trainable(self.student), self.settings.guidance_optimiser, matrices)]
 
     def averaged(self) -> SanaTransformer2DModel:
         return self.student

@@ -14,7 +14,7 @@ Schedule = Literal["cosine", "constant"]
 Kind = Literal["adamw", "adamw_8bit"]
 
 # bitsandbytes keeps the moments of smaller parameters in float32.
-_LEAST_8BIT_SIZE = 4096
+LEAST_8BIT_SIZE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def _adamw(parameters: list[nn.Parameter], settings: OptimiserSettings) -> torch
 
 def _adamw_8bit(parameters: list[nn.Parameter], settings: OptimiserSettings) -> torch.optim.Optimizer:
     device = parameters[0].device
-    trial = nn.Parameter(torch.zeros(_LEAST_8BIT_SIZE, device=device))
+    trial = nn.Parameter(torch.zeros(LEAST_8BIT_SIZE, device=device))
     trial.grad = torch.zeros_like(trial)
     try:
         # Late, for it takes seconds to import.

@@ -1,0 +1,114 @@
+"""A trained transformer to a checkpoint in diffusers' layout: a whole pipeline where it came from one."""
+
+import json
+import platform
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from sana_sprint.checkpoints.assembly import SchedulerName, write_scheduler
+from sana_sprint.checkpoints.reader import CONFIG_FILE, PIPELINE_FILE, read_json
+from sana_sprint.checkpoints.staging import staged
+from sana_sprint.transformer.model import SanaTransformer2DModel
+
+# How a checkpoint was made, in its folder.
+RECORD = "training.json"
+
+_PIPELINES = {"scm": "SanaSprintPipeline", "flow-dpm_solver": "SanaPipeline"}
+_ENCODERS = ("text_encoder", "tokenizer", "vae")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write what JSON can hold, and paths as texts; entries keep their order."""
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def save_network(network: Any, folder: Path) -> None:
+    """Write a network of diffusers, without where it was loaded from, which is of this machine alone."""
+    network.save_pretrained(folder)
+    config = folder / CONFIG_FILE
+    content = json.loads(config.read_text(encoding="utf-8"))
+    write_json(config, {name: value for name, value in content.items() if name != "_name_or_path"})
+
+
+def record_of(recipe: Any, logs: dict[str, Path], device: torch.device) -> dict[str, Any]:
+    """The settings, versions and losses that made a checkpoint.
+
+    Args:
+        recipe: a dataclass.
+        logs: of the stages, by name.
+        device: what was trained on.
+    """
+    return {
+        "recipe": asdict(recipe),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+        },
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": str(device),
+        },
+        "losses": {stage: _thinned(path) for stage, path in logs.items()},
+    }
+
+
+def _thinned(log: Path, most: int = 60) -> list[dict[str, Any]]:
+    """At most `most` entries of a log, evenly apart, the last one among them."""
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    stride = max(1, -(-len(entries) // most))
+    return entries[::-1][::stride][::-1]
+
+
+def export(
+    output: Path,
+    transformer: SanaTransformer2DModel,
+    scheduler: SchedulerName,
+    pipeline: Path | None,
+    record: dict[str, Any],
+    flow_shift: float | None = None,
+) -> None:
+    """Write a transformer, in bfloat16, to a folder that is there whole or not at all; an earlier one is replaced.
+
+    Args:
+        output: the folder.
+        transformer: what was trained; it is cast in place.
+        scheduler: what the pipeline steps with.
+        pipeline: a folder whose text encoder, tokenizer and autoencoder are copied, for a whole pipeline; None for the
+            transformer alone.
+        record: how it was made, for a file beside it.
+        flow_shift: of a flow-matching scheduler.
+
+    Raises:
+        ValueError: if `output` is a folder of something else.
+        OSError: if there is no room.
+    """
+    transformer.to(torch.bfloat16)
+    with staged(output, force=True) as folder:
+        if pipeline is None:
+            save_network(transformer, folder)
+        else:
+            save_network(transformer, folder / "transformer")
+            name = write_scheduler(folder / "scheduler", scheduler, flow_shift)
+            entries = read_json(pipeline / PIPELINE_FILE)
+            for encoder in _ENCODERS:
+                shutil.copytree(pipeline / encoder, folder / encoder)
+            index = {
+                "_class_name": _PIPELINES[scheduler],
+                "_diffusers_version": diffusers.__version__,
+                "scheduler": ["diffusers", name],
+                "transformer": ["diffusers", SanaTransformer2DModel.__name__],
+                **{encoder: entries[encoder] for encoder in _ENCODERS},
+            }
+            write_json(folder / PIPELINE_FILE, index)
+        write_json(folder / RECORD, record)
