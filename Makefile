@@ -17,7 +17,7 @@ help:
 	@echo "make format     rewrite the code in the project's format"
 	@echo "make lint       check format and lint"
 	@echo "make types      check the types of src"
-	@echo "make bench      time single pictures, as JSON"
+	@echo "make bench      measure tiny networks beside diffusers; sana-sprint bench measures real ones"
 	@echo "make docs       check the documents' links and the README's tree"
 
 demo: $(READY)
@@ -52,7 +52,7 @@ types: $(READY)
 	@$(BIN)/mypy --no-error-summary
 
 bench: $(READY)
-	@$(BIN)/sana-sprint generate "a red circle left of a blue square" --num-images 5 --output out/bench --json
+	@$(BIN)/sana-sprint bench --quick
 
 docs: $(READY)
 	@$(OFFLINE) $(BIN)/python -m pytest --quiet tests/test_architecture.py tests/test_docs.py

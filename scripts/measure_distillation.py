@@ -24,15 +24,16 @@ from torch import nn
 from measure_memory import machine, status
 from sana_sprint.assets import embedded_checkpoint
 from sana_sprint.training.adversarial import discriminator_loss, frozen, generator_loss
+from sana_sprint.training.datasets.source import LatentBatch
 from sana_sprint.training.distillation import Distillation
 from sana_sprint.training.draws import Draws
 from sana_sprint.training.flow import FlowData
-from sana_sprint.training.shapes import ShapesRecipe
+from sana_sprint.training.recipes.shapes import ShapesRecipe
 from sana_sprint.transformer.model import SanaTransformer2DModel
 from sana_sprint.trigflow.consistency import consistency_loss, consistency_tangent
 from sana_sprint.trigflow.path import add_noise, predict_clean
 
-BATCH, TOKENS, STEPS = 64, 16, 7
+BATCH, TOKENS, STEPS, WARMUP = 64, 16, 7, 3
 
 
 def objective(compiled: bool) -> Distillation:
@@ -53,6 +54,25 @@ class PublishedWay(nn.Module):
     def __init__(self, ours: Distillation) -> None:
         super().__init__()
         self.ours = ours
+        compiled = ours.settings.compile
+        self.student = torch.compile(ours._student) if compiled else ours._student
+        self.derivative = torch.compile(self._derivative) if compiled else self._derivative
+
+    @torch.no_grad()
+    def _derivative(
+        self,
+        sample: torch.Tensor,
+        angle: torch.Tensor,
+        batch: LatentBatch,
+        guidance: torch.Tensor,
+        teacher_velocity: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        factor = torch.cos(angle) * torch.sin(angle)
+        return torch.func.jvp(
+            lambda sample, angle: self.ours._student(sample, angle, batch, guidance),
+            (sample, angle),
+            (factor.view(-1, 1, 1, 1) * teacher_velocity, factor),
+        )
 
     def student_step(self, draws: Draws) -> torch.Tensor:
         ours, settings = self.ours, self.ours.settings
@@ -60,22 +80,18 @@ class PublishedWay(nn.Module):
         guidance = draws.choice(settings.guidance_scales)
         angle = settings.student_angles.draw(draws, settings.sigma_data)
         sample = add_noise(batch.clean, draws.normal(batch.clean.shape[1:]), angle)
-        factor = torch.cos(angle) * torch.sin(angle)
-
-        def student(sample: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-            return ours._student(sample, angle, batch, guidance)
-
         with torch.no_grad():
-            teacher_velocity = ours._teach(sample, angle, batch, guidance)
-            direction = (factor.view(-1, 1, 1, 1) * teacher_velocity, factor)
-            fixed, derivative = torch.func.jvp(student, (sample, angle), direction)
+            teacher_velocity = ours._teacher_pass(sample, angle, batch, guidance)
+            fixed, derivative = self.derivative(sample, angle, batch, guidance, teacher_velocity)
             tangent = consistency_tangent(sample, angle, fixed, teacher_velocity, derivative, 1.0)
         assert ours.log_variance is not None
-        loss = consistency_loss(student(sample, angle), tangent, angle, ours.log_variance(angle)).mean()
+        loss = consistency_loss(
+            self.student(sample, angle, batch, guidance), tangent, angle, ours.log_variance(angle)
+        ).mean()
 
         again = settings.student_angles.draw(draws, settings.sigma_data)
         noisy = add_noise(batch.clean, draws.normal(batch.clean.shape[1:]), again)
-        fake = predict_clean(noisy, student(noisy, again), again)
+        fake = predict_clean(noisy, self.student(noisy, again, batch, guidance), again)
         assert ours.discriminator is not None
         with frozen(ours.discriminator):
             logits = ours.discriminator(ours._noised_features(draws, fake, batch.caption, batch.mask))
@@ -91,7 +107,7 @@ class PublishedWay(nn.Module):
         assert batch.wrong_caption is not None
         assert batch.wrong_mask is not None
         with torch.no_grad():
-            fake = predict_clean(noisy, ours._student(noisy, angle, batch, guidance), angle)
+            fake = predict_clean(noisy, self.student(noisy, angle, batch, guidance), angle)
             fakes = ours._noised_features(draws, fake, batch.caption, batch.mask)
             wrong = ours._noised_features(draws, batch.clean, batch.wrong_caption, batch.wrong_mask)
             real = ours._noised_features(draws, batch.clean, batch.caption, batch.mask)
@@ -108,22 +124,22 @@ def step_of_ours(ours: Distillation, draws: Draws) -> None:
 
 
 def measure(case: str) -> dict[str, Any]:
-    """Seconds of the steps after two that warm up, and the peak of the process."""
+    """Seconds of the steps after those that warm up, and the peak of the process."""
     torch.manual_seed(0)
-    ours = objective(compiled=case == "compiled")
+    ours = objective(compiled=case.endswith("compiled"))
     published = PublishedWay(ours)
     seconds = []
-    for index in range(STEPS + 2):
+    for index in range(STEPS + WARMUP):
         started = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
             draws = Draws.of_step(0, index, BATCH)
-            if case == "published":
+            if case.startswith("published"):
                 published.step(draws)
             else:
                 step_of_ours(ours, draws)
         seconds.append(time.perf_counter() - started)
         ours.zero_grad()
-    kept = seconds[2:]
+    kept = seconds[WARMUP:]
     return {"median": statistics.median(kept), "least": min(kept), "most": max(kept), "peak": status("VmHWM")}
 
 
@@ -131,13 +147,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/distillation.json"))
     parser.add_argument("--rounds", type=int, default=3, help="how often each case is measured, in turn (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="measure the compiled form as well")
+    parser.add_argument("--compile", action="store_true", help="measure both compiled as well; takes minutes a round")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(options.case)))
         return
-    cases = ["published", "ours", *(["compiled"] if options.compile else [])]
+    forms = ["", ", compiled"] if options.compile else [""]
+    cases = [f"{way}{form}" for form in forms for way in ("published", "ours")]
     results: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
     for _ in range(options.rounds):
         for case in cases:
@@ -151,7 +168,9 @@ def main() -> None:
         "batch": BATCH,
         "seconds a step": medians,
         "peak bytes": {case: max(result["peak"] for result in each) for case, each in results.items()},
-        "times faster": {case: medians["published"] / medians[case] for case in cases},
+        "times faster": {
+            form.strip(", ") or "eager": medians[f"published{form}"] / medians[f"ours{form}"] for form in forms
+        },
         "rounds": results,
     }
     options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,17 +1,20 @@
 """The numbers of docs/memory.md, measured: full-size networks with random weights, on this machine, beside diffusers.
 
 python scripts/measure_memory.py weights FOLDER                the pipeline that the others load: 9 GB, once
-python scripts/measure_memory.py loading FOLDER                peak of the process: loaded, and after one picture
+python scripts/measure_memory.py loading FOLDER                peak of a process that loads it in 16, 8 and 4 bits
+python scripts/measure_memory.py drawing FOLDER                peak of one that draws a picture of --size in one step
 python scripts/measure_memory.py decoding FOLDER --size 4096   peak of a decode above the weights
 python scripts/measure_memory.py quantising FOLDER             errors and bytes in 8 and 4 bits, by both rules
 python scripts/measure_memory.py tiling                        error of a decode in tiles against the whole picture
 
 Each adds its result to the JSON file of --output. Peaks are of the resident memory of a process of its own, so only
 Linux has them. The pages of a file of weights that is mapped count as resident too, although the kernel takes them back
-when it needs room; "own" is the peak without them.
+when it needs room: "own" is the peak without them, and a picture is drawn once those are gone that nothing but loading
+has read.
 """
 
 import argparse
+import ctypes
 import json
 import platform
 import subprocess
@@ -65,6 +68,20 @@ class OwnPeak(threading.Thread):
             time.sleep(0.01)
 
 
+def forget_mapped_weights() -> None:
+    """Gives the pages of mapped files of weights back, as the kernel takes them when it needs room; they come again."""
+    give_back, dont_need = ctypes.CDLL(None).madvise, 4
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(".safetensors"):
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            give_back(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need)
+
+
+def begin_peak() -> None:
+    """From here on "VmHWM" is of what comes."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def in_a_process(*arguments: str) -> dict[str, Any]:
     """The last line of a measurement of this script in a process of its own, as JSON."""
     command = [sys.executable, __file__, *arguments]
@@ -72,19 +89,20 @@ def in_a_process(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def write_weights(folder: Path) -> None:
+def write_weights(folder: Path, text_layers: int | None) -> None:
     """Sprint 1.6B in diffusers layout with random weights; tokenizer and scheduler of the embedded checkpoint."""
     import shutil
 
     from accelerate import init_empty_weights
-    from transformers import Gemma2Model
+    from transformers import Gemma2Config, Gemma2Model
 
     from sana_sprint import AutoencoderDC, SanaTransformer2DModel, SCMScheduler, embedded_checkpoint
     from sana_sprint.memory.configs import PUBLISHED, read_configs
 
     configs = read_configs(next(iter(PUBLISHED)))
+    text_config = configs.text_encoder if text_layers is None else Gemma2Config(num_hidden_layers=text_layers)
     makers: dict[str, Callable[[], Any]] = {
-        "text_encoder": lambda: Gemma2Model(configs.text_encoder),
+        "text_encoder": lambda: Gemma2Model(text_config),
         "transformer": lambda: SanaTransformer2DModel.from_config(configs.transformer),
         "vae": lambda: AutoencoderDC.from_config(configs.vae),
     }
@@ -99,23 +117,40 @@ def write_weights(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-def load_and_draw(folder: Path, quantization: str) -> dict[str, Any]:
-    """Peaks of one process that loads the pipeline and draws a picture of 1024 pixels in one step."""
+def load(folder: Path, quantization: str, size: int) -> tuple[Any, dict[str, Any]]:
+    """The pipeline on the CPU, with what the process took for itself at most, and takes now."""
     import sana_sprint
 
-    own, peaks = OwnPeak(), {"imports": status("VmHWM")}
+    own = OwnPeak()
     own.start()
-    pipe = sana_sprint.load_pipeline(folder, quantization=quantization, device="cpu", memory="1TB")
-    peaks |= {"planned": pipe.memory_plan.peak, "loaded": status("VmHWM"), "loaded, own": own.bytes}
-    pipe.set_progress_bar_config(disable=True)
     started = time.monotonic()
-    pipe("a red circle left of a blue square", num_inference_steps=1)
+    pipe = sana_sprint.load_pipeline(
+        folder, quantization=quantization, device="cpu", memory="1TB", height=size, width=size
+    )
     seconds = round(time.monotonic() - started, 1)
-    return {**peaks, "drawn": status("VmHWM"), "drawn, own": own.bytes, "seconds": seconds}
+    return pipe, {"own": own.bytes, "own, loaded": status("RssAnon"), "seconds": seconds}
 
 
-def measure_loading(folder: Path) -> dict[str, Any]:
-    return {name: in_a_process("one-loading", str(folder), "--case", name) for name in ("none", "8bit", "4bit")}
+def draw(folder: Path, quantization: str, size: int) -> dict[str, Any]:
+    """Planned bytes, and the peak of a call that draws a picture in one step."""
+    pipe, _ = load(folder, quantization, size)
+    pipe.set_progress_bar_config(disable=True)
+    own = OwnPeak()
+    forget_mapped_weights()
+    begin_peak()
+    own.start()
+    started = time.monotonic()
+    pipe("a red circle left of a blue square", num_inference_steps=1, height=size, width=size)
+    seconds = round(time.monotonic() - started, 1)
+    return {"planned": pipe.memory_plan.peak, "resident": status("VmHWM"), "own": own.bytes, "seconds": seconds}
+
+
+def measure_bits(case: str, folder: Path, size: int) -> dict[str, Any]:
+    """One of the two above in 16, 8 and 4 bits."""
+    return {
+        name: in_a_process(f"one-{case}", str(folder), "--case", name, "--size", str(size))
+        for name in ("none", "8bit", "4bit")
+    }
 
 
 @torch.no_grad()
@@ -242,9 +277,11 @@ def machine() -> dict[str, Any]:
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
     folder = options.folder
-    yield "weights", lambda: write_weights(folder)
-    yield "loading", lambda: measure_loading(folder)
-    yield "one-loading", lambda: load_and_draw(folder, options.case)
+    yield "weights", lambda: write_weights(folder, options.text_layers)
+    yield "loading", lambda: measure_bits("loading", folder, options.size)
+    yield "one-loading", lambda: load(folder, options.case, options.size)[1]
+    yield "drawing", lambda: measure_bits("drawing", folder, options.size)
+    yield "one-drawing", lambda: draw(folder, options.case, options.size)
     yield "decoding", lambda: measure_decoding(folder, options.size)
     yield "one-decoding", lambda: decode(folder, options.case, options.size)
     yield "quantising", lambda: measure_quantising(folder)
@@ -256,7 +293,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what")
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--size", type=int, default=1024, help="pixels of a picture's side (%(default)s)")
+    parser.add_argument("--text-layers", type=int, metavar="N", help="of the text encoder that is written (all)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--bits", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/memory.json"))
@@ -269,7 +307,7 @@ def main() -> None:
     result = known[options.what]()
     print(json.dumps(result))
     if result is not None and not options.what.startswith("one-"):
-        name = f"{options.what} {options.size}" if options.what == "decoding" else options.what
+        name = f"{options.what} {options.size}" if options.what in ("decoding", "drawing") else options.what
         document = json.loads(options.output.read_text()) if options.output.exists() else {}
         document[name] = {"machine": machine(), "result": result}
         options.output.write_text(json.dumps(document, indent=2) + "\n")

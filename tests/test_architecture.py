@@ -31,9 +31,9 @@ RANKS = {
     "pipelines": 3,
     "training": 3,
     "memory": 4,
-    "bench": 4,
-    "serving": 4,
-    "cli": 5,
+    "bench": 5,
+    "serving": 5,
+    "cli": 6,
 }
 
 # Parts of diffusers without documentation, which change without notice.

@@ -120,7 +120,9 @@ class PublishedPipeline:
         if kwargs.get("dtype") is None and "torch_dtype" in kwargs:
             # The older name of the argument. It still works, and diffusers would warn of it.
             kwargs["dtype"] = kwargs.pop("torch_dtype")
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        # transformers quantises the text encoder with bitsandbytes as it is.
+        with import_module("sana_sprint.quantisation.pieces").InPieces():
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:

@@ -29,6 +29,7 @@ def exit_code(*arguments: str) -> int:
         ["train", "--help"],
         ["evaluate", "--help"],
         ["search-timesteps", "--help"],
+        ["bench", "--help"],
         ["--version"],
         [],
     ],

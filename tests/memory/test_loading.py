@@ -8,7 +8,7 @@ import torch
 from sana_sprint import embedded_checkpoint, load_pipeline
 from sana_sprint.memory.loading import load_as_planned
 from sana_sprint.memory.planner import Arrangement
-from sana_sprint.quantisation.layers import quantised_layers
+from sana_sprint.quantisation.layers import Linear8bit, quantised_layers
 
 PROMPT = "a red circle on white"
 
@@ -77,6 +77,19 @@ def test_what_cannot_work_is_refused_before_weights_are_read(options, message, t
 def test_a_model_that_is_not_there_is_said_to_be(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         load_pipeline(tmp_path / "nowhere", device="cpu")
+
+
+def test_a_quantised_transformer_keeps_its_bits_and_the_text_encoder_gets_what_is_asked_for(tmp_path):
+    pipe = load_pipeline(embedded_checkpoint(), quantization="8bit", device="cpu")
+    pipe.text_encoder = load_pipeline(embedded_checkpoint(), quantization="none", device="cpu").text_encoder
+    pipe.save_pretrained(tmp_path)
+    found = {}
+    for quantization in ("none", "8bit", "4bit"):
+        again = load_pipeline(tmp_path, quantization=quantization, device="cpu")
+        found[quantization] = getattr(again.text_encoder, "quantization_method", None) is not None
+        assert "transformer stays in the checkpoint's 8 bits" in str(again.memory_plan)
+        assert isinstance(next(layer for _, layer in quantised_layers(again.transformer)), Linear8bit)
+    assert found == {"none": False, "8bit": True, "4bit": True}
 
 
 def test_a_quantised_folder_keeps_its_bits(tmp_path):

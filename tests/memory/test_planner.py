@@ -1,9 +1,11 @@
 """Which arrangement a budget gets, and what is said about it."""
 
+from copy import deepcopy
+
 import pytest
 
 from sana_sprint.memory.planner import ARRANGEMENTS, Arrangement, Budget, all_plans, best_plan
-from sana_sprint.memory.stages import Networks, Workload
+from sana_sprint.memory.stages import Networks, Workload, weight_bytes
 
 GIB = 2**30
 
@@ -55,7 +57,7 @@ def test_a_decode_that_does_not_fit_gets_the_largest_tiles_that_do(sprint):
 
 def test_the_reason_names_what_was_better_and_did_not_fit(sprint):
     plan = best_plan(all_plans(sprint, Budget(8 * GIB)))
-    assert plan.reason == "16-bit, resident (9.33 GB) would not fit"
+    assert plan.reason == "16-bit, resident (9.35 GB) would not fit"
     assert str(plan).startswith("16-bit, encoder on host: at most 4.10 GB")
     assert best_plan(all_plans(sprint, Budget(24 * GIB))).reason == "the first choice, and it fits"
 
@@ -72,16 +74,82 @@ def test_where_nothing_fits_the_least_that_is_needed_is_said(sprint):
         best_plan(all_plans(sprint, Budget(None, GIB)))
 
 
+def stored(sprint: Networks, **bits: int) -> Networks:
+    """The same model with some networks quantised in the checkpoint."""
+    configs = deepcopy(sprint.configs)
+    for name, number in bits.items():
+        setting = {"quantization_config": {"load_in_8bit": number == 8, "load_in_4bit": number == 4}}
+        if name == "transformer":
+            configs.transformer.update(setting)
+        else:
+            configs.text_encoder.update(setting)
+    return Networks(configs, sprint.workload)
+
+
+def arrangements(networks: Networks) -> list[str]:
+    return [str(plan.arrangement) for plan in all_plans(networks, Budget(24 * GIB))]
+
+
+def test_a_checkpoint_that_is_quantised_as_a_whole_keeps_its_bits(sprint):
+    networks = stored(sprint, transformer=4, text_encoder=4)
+    assert arrangements(networks) == ["4-bit, resident", "4-bit, encoder on host", "4-bit, model offload"]
+    plans = all_plans(networks, Budget(24 * GIB))
+    assert all(plan.to_quantise == () for plan in plans)
+    with pytest.raises(ValueError, match="quantised to 4 bits already, asked for 8"):
+        best_plan(plans, bits=8)
+
+
+def test_beside_a_stored_transformer_the_bits_of_an_arrangement_are_the_text_encoders(sprint):
+    networks = stored(sprint, transformer=8)
+    plans = {str(plan.arrangement): plan for plan in all_plans(networks, Budget(24 * GIB))}
+    assert "16-bit, group offload" not in plans
+    # On the host the text encoder keeps its 16 bits, so there is one arrangement of that kind.
+    assert [name for name in plans if "encoder on host" in name] == ["8-bit, encoder on host"]
+    to_quantise = {name: plan.to_quantise for name, plan in plans.items() if "resident" in name}
+    assert to_quantise == {
+        "16-bit, resident": (),
+        "8-bit, resident": ("text_encoder",),
+        "4-bit, resident": ("text_encoder",),
+    }
+    weights = {name: plan.stages["encode"].weights for name, plan in plans.items()}
+    text, image = (
+        {bits: weight_bytes(part, bits) for bits in (16, 8, 4)} for part in (sprint.text_encoder, sprint.vae)
+    )
+    transformer = weight_bytes(sprint.transformer, 8)
+    assert weights["16-bit, resident"] == text[16] + transformer + image[16]
+    assert weights["4-bit, resident"] == text[4] + transformer + image[16]
+
+
+def test_what_stays_as_it_is_stored_is_said(sprint):
+    best = best_plan(all_plans(stored(sprint, transformer=8), Budget(24 * GIB)))
+    assert best.arrangement == Arrangement(16, "resident")
+    assert str(best).endswith("the first choice, and it fits; transformer stays in the checkpoint's 8 bits")
+
+
+def test_networks_that_are_stored_in_different_bits_keep_them(sprint):
+    networks = stored(sprint, transformer=4, text_encoder=8)
+    assert arrangements(networks) == ["4-bit, resident", "4-bit, encoder on host", "4-bit, model offload"]
+    resident = all_plans(networks, Budget(24 * GIB))[0]
+    parts = ((sprint.text_encoder, 8), (sprint.transformer, 4), (sprint.vae, 16))
+    assert resident.stages["encode"].weights == sum(weight_bytes(part, bits) for part, bits in parts)
+
+
+def test_on_a_cpu_the_table_of_tokens_stays_in_its_file(sprint):
+    on_card, on_cpu = (all_plans(sprint, budget)[0] for budget in (Budget(24 * GIB), Budget(None)))
+    table = 256_000 * 2304 * 2
+    assert on_cpu.stages["decode"].weights == on_card.stages["decode"].weights - table
+
+
 def test_every_stage_of_every_plan_is_counted(sprint):
     plans = {str(plan.arrangement): plan for plan in all_plans(sprint, Budget(24 * GIB))}
     resident = plans["16-bit, resident"]
     assert len({stage.weights for stage in resident.stages.values()}) == 1
     offloaded = plans["16-bit, model offload"]
-    assert (
-        sum(stage.weights for stage in offloaded.stages.values()) == offloaded.host == resident.stages["encode"].weights
-    )
+    weights = resident.stages["encode"].weights
+    assert sum(stage.weights for stage in offloaded.stages.values()) == weights
+    assert offloaded.host == weights + sprint.kept_bytes
     streamed = plans["16-bit, group offload"]
     assert all(streamed.stages[name].weights <= offloaded.stages[name].weights for name in streamed.stages)
     on_host = plans["16-bit, encoder on host"]
-    assert on_host.host == offloaded.stages["encode"].weights
+    assert on_host.host == offloaded.stages["encode"].weights + sprint.kept_bytes
     assert on_host.stages["encode"].work == 0

@@ -5,18 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig
+from transformers import Gemma2Model
 
 from sana_sprint import AutoencoderDC, SanaTransformer2DModel, embedded_checkpoint
 from sana_sprint.memory.configs import PUBLISHED, read_configs
 from sana_sprint.memory.stages import (
+    INSTRUCTION_TOKENS,
     Networks,
     Workload,
+    count,
     largest_layer_bytes,
     streamed_bytes,
     unpacked_bytes,
     weight_bytes,
 )
 from sana_sprint.memory.tracker import PeakBytes
+from sana_sprint.text.prefix import read_behind, read_prefix
 
 CONFIGS = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}}
 
@@ -73,6 +77,28 @@ def test_a_step_and_a_decode_take_what_was_counted(small, transformer):
     # The library's convolutions choose their memory format, which costs a copy here and there.
     assert small.denoise_bytes == pytest.approx(step.peak, rel=0.05)
     assert small.decode_bytes() == pytest.approx(decode.peak, rel=0.05)
+
+
+@torch.no_grad()
+def test_reading_takes_what_was_counted_of_the_instruction_and_the_prompts_behind_it(small):
+    text_encoder = Gemma2Model.from_pretrained(embedded_checkpoint(), subfolder="text_encoder", dtype=torch.bfloat16)
+    instruction, prompt = torch.zeros(1, INSTRUCTION_TOKENS, dtype=torch.long), torch.ones(1, 300, dtype=torch.long)
+    with PeakBytes() as reading:
+        prefix = read_prefix(text_encoder, instruction)
+        read_behind(text_encoder, prefix, prompt, prompt)
+    kept = [prefix.states, *(part for layer in prefix.keys_and_values.layers for part in (layer.keys, layer.values))]
+    assert small.encode_bytes == pytest.approx(reading.peak, rel=0.05)  # masks differ by a copy here and there
+    assert small.kept_bytes == pytest.approx(sum(tensor.nbytes for tensor in kept), rel=1e-3)  # and a number or two
+
+
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (768, 256), (192, 768)])
+def test_two_tiles_are_enough_to_know_what_all_of_them_take(height, width, small):
+    large = Networks(small.configs, replace(small.workload, height=height, width=width, batch_size=2))
+    latents = torch.empty(2, large.vae.config.latent_channels, height // 8, width // 8, device="meta").bfloat16()
+    large.vae.enable_tiling(256, 256)
+    whole = count(lambda: large.vae.decode(latents)).peak
+    # Their blending weights are one row for each tile.
+    assert large.decode_bytes(256) == pytest.approx(whole, rel=1e-3)
 
 
 def test_larger_pictures_and_batches_take_more_and_tiles_less(small):

@@ -22,6 +22,15 @@ def test_what_is_held_at_once_adds_up():
     assert third.sum() == 1024
 
 
+def test_what_is_held_in_the_end_is_known_until_it_is_freed():
+    with PeakBytes() as count:
+        kept = numbers()
+        kept * 2
+    assert (count.peak, count.held) == (2 * KILO, KILO)
+    del kept
+    assert count.held == 0
+
+
 def test_views_and_changes_in_place_take_nothing():
     with PeakBytes() as count:
         values = numbers()

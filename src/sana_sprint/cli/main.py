@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sana_sprint import __version__
-from sana_sprint.cli import cache_latents, convert, evaluate, generate, inspect, plan, screen, search_timesteps, train
+from sana_sprint.cli import (
+    bench,
+    cache_latents,
+    convert,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    screen,
+    search_timesteps,
+    train,
+)
 
 _ERROR, _INTERRUPTED, _PIPE_CLOSED = 2, 130, 141  # the last two as shells have them: 128 + the signal's number
 
@@ -39,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         (convert, "convert", "turn a checkpoint into another layout"),
         (inspect, "inspect", "say what a checkpoint is, and what is wrong with it"),
         (plan, "plan", "say how a model fits the memory of a machine"),
+        (bench, "bench", "measure speed and memory beside diffusers"),
     ):
         command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         module.add_arguments(command)
@@ -49,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments, or the process's own, and returns its exit code.
 
-    0 is success, 2 an error, which is one line on standard error, and 130 an interruption by Ctrl-C.
+    0 is success, 1 a finding that a command counts as failure, 2 an error, which is one line on standard error, and 130
+    an interruption by Ctrl-C.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -57,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        options.run(options)
+        code = options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         screen.report("interrupted", "nothing was left half written")
@@ -70,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         screen.report("error", screen.describe_error(error))
         return _ERROR
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

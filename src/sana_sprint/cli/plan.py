@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sana_sprint.cli import screen
 from sana_sprint.cli.arguments import amount, size, whole_number
 from sana_sprint.cli.model import EMBEDDED
+from sana_sprint.evaluation.tables import aligned
 from sana_sprint.sizes import readable_bytes
 
 if TYPE_CHECKING:
@@ -40,11 +41,7 @@ def table(plans: "list[MemoryPlan]") -> list[str]:
         peaks = (readable_bytes(plan.stages[stage].peak) for stage in STAGES)
         host = readable_bytes(plan.host) if plan.host else "-"
         rows.append((str(plan.arrangement), *peaks, readable_bytes(plan.peak), host, "yes" if plan.fits else "no"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) if not index else cell.rjust(width) for index, (cell, width) in enumerate(row))
-        for row in ([*zip(cells, widths, strict=True)] for cells in rows)
-    ]
+    return aligned(rows)
 
 
 def code_line(options: argparse.Namespace, has_gpu: bool) -> str:
@@ -73,6 +70,7 @@ def document(plan: "MemoryPlan") -> dict[str, Any]:
         "bits": arrangement.bits,
         "placement": arrangement.placement,
         "tile": arrangement.tile,
+        "stored": dict(plan.stored),
         "stages": stages,
         "peak": plan.peak,
         "host": plan.host,

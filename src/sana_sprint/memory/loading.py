@@ -9,6 +9,7 @@ import transformers
 from accelerate.utils import get_max_memory
 from diffusers import PipelineQuantizationConfig
 
+from sana_sprint.memory.allocator import give_back_what_is_freed
 from sana_sprint.memory.configs import read_configs
 from sana_sprint.memory.planner import Bits, Budget, MemoryPlan, all_plans, best_plan
 from sana_sprint.memory.stages import Networks, Workload
@@ -34,13 +35,15 @@ def load_pipeline(
 ) -> SanaSprintPipeline:
     """A pipeline that is loaded in the best way for which there is memory.
 
-    `sana-sprint plan` shows the ways there are. What was chosen, and why, is the pipeline's `memory_plan`.
+    `sana-sprint plan` shows the ways there are. What was chosen, and why, is the pipeline's `memory_plan`. Where a CPU
+    computes in 8 or 4 bits, the process also gives back what it frees, from then on: see `memory/allocator.py`.
 
     Args:
         model: A pipeline's folder, or its id on the hub.
         memory: Of the device, as "8GiB" or in bytes; all of a GPU of that size can be used. None is what is free now.
         ram: Of the machine beside a GPU; None is what is free now, or with `memory` any amount.
-        quantization: "8bit", "4bit", or "none" for 16 bits; None lets the memory decide.
+        quantization: "8bit", "4bit", or "none" for 16 bits; None lets the memory decide. A network that is quantised
+            in the checkpoint stays as it is.
         device: Where to draw; None is the GPU if there is one, else the CPU.
         dtype: Of everything that is not quantised.
         height, width: Of the largest pictures to be drawn, in pixels; None is what the model was trained on.
@@ -76,6 +79,8 @@ def load_as_planned(
 ) -> SanaSprintPipeline:
     """A pipeline in the arrangement of a plan, ready to draw on a device; options as for `from_pretrained`."""
     placement, tile = plan.arrangement.placement, plan.arrangement.tile
+    if device.type == "cpu" and (plan.to_quantise or plan.stored):
+        give_back_what_is_freed()
     if plan.to_quantise:
         options["quantization_config"] = _quantization(plan, dtype)
     if placement == "encoder on host":

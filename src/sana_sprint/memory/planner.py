@@ -1,10 +1,17 @@
 """Networks and the memory at hand to an arrangement that fits, the best first, with every stage's bytes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from sana_sprint.memory.stages import Networks, largest_layer_bytes, streamed_bytes, unpacked_bytes, weight_bytes
+from sana_sprint.memory.stages import (
+    Networks,
+    largest_layer_bytes,
+    streamed_bytes,
+    table_bytes,
+    unpacked_bytes,
+    weight_bytes,
+)
 from sana_sprint.sizes import readable_bytes
 
 Bits = Literal[16, 8, 4]
@@ -39,7 +46,8 @@ class Arrangement:
     """How a pipeline is loaded.
 
     Attributes:
-        bits: of the weights of transformer and text encoder; a text encoder on the host keeps 16.
+        bits: of the weights of transformer and text encoder; a text encoder on the host keeps 16, and a network that
+            is quantised in the checkpoint its own.
         placement: "resident": all on the device; "encoder on host": the text encoder stays and runs on the CPU;
             "model offload": one network on the device at a time; "group offload": one block of a network at a time.
         tile: pixels of a tile's side in the decode; None decodes in one piece.
@@ -88,9 +96,10 @@ class MemoryPlan:
 
     Attributes:
         stages: bytes per stage of `STAGES`, on the device, which is the CPU where there is no accelerator.
-        host: bytes of weights that wait or work in the machine's memory beside an accelerator.
+        host: bytes of what waits or works in the machine's memory beside an accelerator.
         budget: the memory that was planned for.
         to_quantise: names of the networks that are quantised while they are loaded.
+        stored: bits of those networks that are quantised in the checkpoint, and stay as they are.
         reason: why this arrangement was chosen, once it was.
     """
 
@@ -99,6 +108,7 @@ class MemoryPlan:
     host: int
     budget: Budget
     to_quantise: tuple[str, ...] = ()
+    stored: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
 
     @property
@@ -118,7 +128,71 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         host = f", {readable_bytes(self.host)} in the machine's" if self.host else ""
-        return f"{self.arrangement}: at most {readable_bytes(self.peak)} in the device's memory{host}; {self.reason}"
+        stored = "".join(f"; {name} stays in the checkpoint's {bits} bits" for name, bits in self.stored.items())
+        need = f"at most {readable_bytes(self.peak)} in the device's memory{host}"
+        return f"{self.arrangement}: {need}; {self.reason}{stored}"
+
+
+def _quantised(placement: Placement) -> tuple[str, ...]:
+    """The networks to which an arrangement's bits apply."""
+    # A text encoder on the host keeps 16 bits, and so does the autoencoder, whose layers are no matrix products.
+    return ("transformer",) if placement == "encoder on host" else ("text_encoder", "transformer")
+
+
+def _differs(arrangement: Arrangement, stored: Mapping[str, int]) -> bool:
+    """Whether an arrangement is possible, and no other one by another name, with what the checkpoint has quantised."""
+    if stored and arrangement.placement == "group offload":
+        return False
+    decides = any(name not in stored for name in _quantised(arrangement.placement))
+    return arrangement.bits == stored.get("transformer", 16) or decides
+
+
+def _plan(networks: Networks, arrangement: Arrangement, budget: Budget) -> MemoryPlan:
+    stored, placement = networks.configs.stored_bits(), arrangement.placement
+    modules = {name: getattr(networks, name) for name in NETWORKS}
+    quantised = _quantised(placement)
+    bits = {name: arrangement.bits if name in quantised else 16 for name in NETWORKS} | stored
+    weights = {name: weight_bytes(module, bits[name]) for name, module in modules.items()}
+    if budget.device is None:
+        weights["text_encoder"] -= table_bytes(modules["text_encoder"])
+    work = {
+        "text_encoder": networks.encode_bytes + unpacked_bytes(modules["text_encoder"], bits["text_encoder"]),
+        "transformer": networks.denoise_bytes + unpacked_bytes(modules["transformer"], bits["transformer"]),
+        "vae": networks.decode_bytes(arrangement.tile),
+    }
+    total, kept = sum(weights.values()), networks.kept_bytes
+    if placement == "resident":
+        on_device, host = dict.fromkeys(NETWORKS, total), 0
+        work = {name: taken if name == "text_encoder" else taken + kept for name, taken in work.items()}
+    elif placement == "encoder on host":
+        host = weights["text_encoder"] + kept
+        on_device = dict.fromkeys(NETWORKS, total - weights["text_encoder"])
+        work["text_encoder"] = 0
+    else:
+        host = total + kept
+        on_device = weights
+        if placement == "group offload":
+            on_device = {name: streamed_bytes(module) for name, module in modules.items()}
+            on_device["vae"] = largest_layer_bytes(modules["vae"])  # its blocks run in strips, not one after the other
+    stages = {stage: StageBytes(on_device[name], work[name]) for stage, name in zip(STAGES, NETWORKS, strict=True)}
+    to_quantise = () if arrangement.bits == 16 else tuple(name for name in quantised if name not in stored)
+    return MemoryPlan(arrangement, stages, host, budget, to_quantise, stored)
+
+
+def _tiled_if_needed(networks: Networks, arrangement: Arrangement, budget: Budget) -> MemoryPlan:
+    plan = _plan(networks, arrangement, budget)
+    # The least that tiles could leave: they change nothing but what the decode works with.
+    without = replace(plan, stages=plan.stages | {"decode": replace(plan.stages["decode"], work=0)})
+    if plan.fits or not without.fits:
+        return plan
+    size = max(networks.workload.height, networks.workload.width)
+    ratio = networks.vae.spatial_compression_ratio
+    for tile in _TILES:
+        if tile < size and tile % ratio == 0:
+            tiled = _plan(networks, replace(arrangement, tile=tile), budget)
+            if tiled.fits:
+                return tiled
+    return plan
 
 
 def all_plans(networks: Networks, budget: Budget) -> list[MemoryPlan]:
@@ -128,10 +202,7 @@ def all_plans(networks: Networks, budget: Budget) -> list[MemoryPlan]:
     """
     stored = networks.configs.stored_bits()
     chosen = [one for one in ARRANGEMENTS if budget.device is not None or one.placement == "resident"]
-    if len(set(stored.values())) == 1:
-        (bits,) = set(stored.values())
-        chosen = [one for one in chosen if one.bits == bits]
-    return [_tiled_if_needed(networks, arrangement, budget) for arrangement in chosen]
+    return [_tiled_if_needed(networks, one, budget) for one in chosen if _differs(one, stored)]
 
 
 def best_plan(plans: Sequence[MemoryPlan], bits: Bits | None = None) -> MemoryPlan:
@@ -159,50 +230,3 @@ def best_plan(plans: Sequence[MemoryPlan], bits: Bits | None = None) -> MemoryPl
         + (" beside what CUDA takes" if budget.device is not None else "")
         + "; draw smaller pictures or fewer at once"
     )
-
-
-def _tiled_if_needed(networks: Networks, arrangement: Arrangement, budget: Budget) -> MemoryPlan:
-    plan = _plan(networks, arrangement, budget)
-    # The least that tiles could leave: they change nothing but what the decode works with.
-    without = replace(plan, stages=plan.stages | {"decode": replace(plan.stages["decode"], work=0)})
-    if plan.fits or not without.fits:
-        return plan
-    size = max(networks.workload.height, networks.workload.width)
-    ratio = networks.vae.spatial_compression_ratio
-    for tile in _TILES:
-        if tile < size and tile % ratio == 0:
-            tiled = _plan(networks, replace(arrangement, tile=tile), budget)
-            if tiled.fits:
-                return tiled
-    return plan
-
-
-def _plan(networks: Networks, arrangement: Arrangement, budget: Budget) -> MemoryPlan:
-    stored = networks.configs.stored_bits()
-    modules = {name: getattr(networks, name) for name in NETWORKS}
-    placement = arrangement.placement
-    # A text encoder on the host keeps 16 bits, and so does the autoencoder, whose layers are no matrix products.
-    quantised = ("transformer",) if placement == "encoder on host" else ("text_encoder", "transformer")
-    bits = {name: arrangement.bits if name in quantised else 16 for name in NETWORKS} | stored
-    weights = {name: weight_bytes(module, bits[name]) for name, module in modules.items()}
-    work = {
-        "text_encoder": networks.encode_bytes + unpacked_bytes(modules["text_encoder"], bits["text_encoder"]),
-        "transformer": networks.denoise_bytes + unpacked_bytes(modules["transformer"], bits["transformer"]),
-        "vae": networks.decode_bytes(arrangement.tile),
-    }
-    total = sum(weights.values())
-    if placement == "resident":
-        on_device, host = dict.fromkeys(NETWORKS, total), 0
-    elif placement == "encoder on host":
-        host = weights["text_encoder"]
-        on_device = dict.fromkeys(NETWORKS, total - host)
-        work["text_encoder"] = 0
-    else:
-        host = total
-        on_device = weights
-        if placement == "group offload":
-            on_device = {name: streamed_bytes(module) for name, module in modules.items()}
-            on_device["vae"] = largest_layer_bytes(modules["vae"])  # its blocks run in strips, not one after the other
-    stages = {stage: StageBytes(on_device[name], work[name]) for stage, name in zip(STAGES, NETWORKS, strict=True)}
-    to_quantise = () if arrangement.bits == 16 else tuple(name for name in quantised if name not in stored)
-    return MemoryPlan(arrangement, stages, host, budget, to_quantise)

@@ -7,14 +7,14 @@ largest, and no weights.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.layers.feed_forward import PointwiseConv2d
@@ -22,6 +22,7 @@ from sana_sprint.memory.configs import PipelineConfigs
 from sana_sprint.memory.tracker import PeakBytes
 from sana_sprint.quantisation.layers import quantisable_layers
 from sana_sprint.quantisation.quantisers import is_exact
+from sana_sprint.text.prefix import Prefix, read_behind, read_prefix
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 # At least the tokens of SANA's instruction under Gemma's tokenizer, which are read before every prompt.
@@ -44,6 +45,35 @@ class Workload:
     dtype: torch.dtype = torch.bfloat16
 
 
+class _FusedAttention(TorchFunctionMode):
+    """Inside, attention holds its result and no scores, as the kernels do that run on real devices."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        call = self._attend if func is F.scaled_dot_product_attention else func
+        return call(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+class Counted(NamedTuple):
+    """Bytes of tensors: the most at once, and those that are held as long as the result is."""
+
+    peak: int
+    result: int
+
+
+@torch.no_grad()
+def count(run: Callable[[], object]) -> Counted:
+    """What running a network takes, with attention as fused kernels compute it."""
+    with _FusedAttention(), PeakBytes() as bytes_made:
+        result = run()
+    held = bytes_made.held
+    del result
+    return Counted(bytes_made.peak, held)
+
+
 @dataclass(frozen=True, eq=False)
 class Networks:
     """The three networks of a pipeline, without their weights. Sizes between the latents' cells are rounded up."""
@@ -52,7 +82,7 @@ class Networks:
     workload: Workload
 
     @cached_property
-    def text_encoder(self) -> nn.Module:
+    def text_encoder(self) -> PreTrainedModel:
         return self._empty_network(lambda: AutoModel.from_config(self.configs.text_encoder))
 
     @cached_property
@@ -64,11 +94,27 @@ class Networks:
         return self._empty_network(lambda: AutoencoderDC.from_config(self.configs.vae))
 
     @cached_property
+    def _reading(self) -> Counted:
+        text_encoder = self.text_encoder  # made before anything is counted
+        instruction = self._empty(1, INSTRUCTION_TOKENS, dtype=torch.long)
+        prompts = self._empty(self.workload.batch_size, self.workload.max_sequence_length, dtype=torch.long)
+
+        def read() -> Prefix:
+            prefix = read_prefix(text_encoder, instruction)
+            read_behind(text_encoder, prefix, prompts, prompts)
+            return prefix
+
+        return count(read)
+
+    @property
     def encode_bytes(self) -> int:
-        """Of tensors at once while prompts are read, weights apart."""
-        length = INSTRUCTION_TOKENS + self.workload.max_sequence_length
-        ids = self._empty(self.workload.batch_size, length, dtype=torch.long)
-        return _peak(lambda: self.text_encoder(ids, attention_mask=ids, use_cache=False))
+        """Of tensors at once while the first prompts are read, weights apart."""
+        return self._reading.peak
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of what the text encoder keeps of the instruction, in this call and for the next."""
+        return self._reading.result
 
     @cached_property
     def denoise_bytes(self) -> int:
@@ -78,17 +124,23 @@ class Networks:
         text = self._empty(batch_size, self.workload.max_sequence_length, config.caption_channels)
         ones = self._empty(batch_size)
         guidance = ones if config.guidance_embeds else None
-        return _peak(lambda: self.transformer(latents, encoder_hidden_states=text, timestep=ones, guidance=guidance))
+        step = count(lambda: self.transformer(latents, encoder_hidden_states=text, timestep=ones, guidance=guidance))
+        return step.peak
 
     @cache  # noqa: B019  (lives as long as the command or the loading that asks)
     def decode_bytes(self, tile: int | None = None) -> int:
         """Of tensors at once while pictures are decoded, in tiles of so many pixels or whole, weights apart."""
-        latents = self._latents(self.vae.config.latent_channels)
+        latents, ratio = self._latents(self.vae.config.latent_channels), self.vae.spatial_compression_ratio
         if tile is None:
             self.vae.disable_tiling()
-        else:
-            self.vae.enable_tiling(tile, tile)
-        return _peak(lambda: self.vae.decode(latents))
+            return count(lambda: self.vae.decode(latents)).peak
+        self.vae.enable_tiling(tile, tile)
+        # One tile takes what the next one takes: two are counted, and of the others their place in the picture.
+        cells = tile // ratio
+        height, width = (cells + 1, cells) if latents.shape[2] > cells else (cells, cells + 1)
+        two_tiles = latents[:, :, :height, :width]
+        others = (latents[:, 0].numel() - two_tiles[:, 0].numel()) * ratio**2 * self.vae.config.in_channels
+        return count(lambda: self.vae.decode(two_tiles)).peak + others * latents.element_size()
 
     def _latents(self, channels: int) -> torch.Tensor:
         size = self.workload
@@ -103,25 +155,6 @@ class Networks:
         return torch.empty(shape, device="meta", dtype=dtype or self.workload.dtype)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Inside, attention holds its result and no scores, as the kernels do that run on real devices."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        call = self._attend if func is F.scaled_dot_product_attention else func
-        return call(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return query.new_empty(*query.shape[:-1], value.shape[-1])
-
-
-@torch.no_grad()
-def _peak(run: Callable[[], object]) -> int:
-    with _FusedAttention(), PeakBytes() as count:
-        run()
-    return count.peak
-
-
 def _quantised(module: nn.Module) -> Iterator[nn.Linear | PointwiseConv2d]:
     return (layer for name, layer in quantisable_layers(module) if not is_exact(name))
 
@@ -132,10 +165,15 @@ def weight_bytes(module: nn.Module, bits: int = 16) -> int:
     if bits == 16:
         return total
     for layer in _quantised(module):
-        rows, count = layer.weight.shape[0], layer.weight.numel()
-        scales = rows if bits == 8 else -(-count // _WEIGHTS_PER_SCALE)
-        total += count * bits // 8 + scales * _SCALE_BYTES - count * layer.weight.dtype.itemsize
+        rows, numbers = layer.weight.shape[0], layer.weight.numel()
+        scales = rows if bits == 8 else -(-numbers // _WEIGHTS_PER_SCALE)
+        total += numbers * bits // 8 + scales * _SCALE_BYTES - layer.weight.nbytes
     return total
+
+
+def table_bytes(module: nn.Module) -> int:
+    """Of tables of embeddings, which on a CPU stay in their mapped file, but for the rows of a call's tokens."""
+    return sum(layer.weight.nbytes for layer in module.modules() if isinstance(layer, nn.Embedding))
 
 
 def unpacked_bytes(module: nn.Module, bits: int) -> int:

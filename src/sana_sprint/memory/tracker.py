@@ -26,16 +26,21 @@ class PeakBytes(TorchDispatchMode):
         # Held, so that no storage that is made gets the address of one of these.
         self._given: dict[int, torch.UntypedStorage] = {}
 
+    @property
+    def held(self) -> int:
+        """The bytes that are held now."""
+        self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
+        return sum(size for _, size in self._made.values())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         for storage in _storages((args, kwargs)):
             if storage._cdata not in self._made:
                 self._given[storage._cdata] = storage
         result = func(*args, **(kwargs or {}))
-        self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
         for storage in _storages(result):
             if storage._cdata not in self._given:
                 self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        self.peak = max(self.peak, self.held)
         return result
 
 

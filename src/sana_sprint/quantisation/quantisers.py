@@ -15,6 +15,7 @@ from diffusers.utils import is_peft_available
 from torch import nn
 
 from sana_sprint.quantisation.layers import dequantised, quantisable_layers, quantised_layers, quantised_like
+from sana_sprint.quantisation.pieces import InPieces
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,8 @@ class _SanaQuantiser:
     def create_quantized_param(self, model: nn.Module, param_value: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Give a layer its weight, (out, in) or a convolution's (out, in, 1, 1), or its bias."""
         matrix = param_value.flatten(1) if param_value.ndim == 4 else param_value
-        super().create_quantized_param(model, matrix, *args, **kwargs)  # type: ignore[misc]
+        with InPieces():
+            super().create_quantized_param(model, matrix, *args, **kwargs)  # type: ignore[misc]
 
     def _dequantize(self, model: Any) -> Any:
         for name, layer in list(quantised_layers(model)):

@@ -1,0 +1,1 @@
+"""Networks and cases to times, memory, operations and agreement, beside diffusers in the same process."""
