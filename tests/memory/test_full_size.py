@@ -1,7 +1,7 @@
 """What a full-size pipeline takes on a CPU while it loads and while it draws, against its plan.
 
-Transformer and autoencoder are those of Sprint 1.6B; of the text encoder's 26 layers there are four, and the picture has
-512 pixels, which a CPU draws in a tenth of the time. The plan is made from the same configs.
+Transformer and autoencoder are those of Sprint 1.6B; of the text encoder's 26 layers there are four, and the picture
+has 512 pixels, which a CPU draws in a tenth of the time. The plan is made from the same configs.
 """
 
 import json
