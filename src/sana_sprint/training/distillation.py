@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from sana_sprint.layers.embeddings import NUM_TIME_FEATURES, ScalarEmbedder, TimeGuidanceEmbedding, sinusoidal_features
+from sana_sprint.layers.embeddings import NUM_TIME_FEATURES, ScalarEmbedder, sinusoidal_features
 from sana_sprint.training.adversarial import (
     Discriminator,
     block_features,
@@ -24,7 +24,7 @@ from sana_sprint.training.adversarial import (
 )
 from sana_sprint.training.datasets.source import LatentBatch, LatentSource
 from sana_sprint.training.draws import Draws
-from sana_sprint.training.flow import block_matrices, predict_velocity, use_training_kernels
+from sana_sprint.training.flow import block_matrices, embeds_guidance, predict_velocity, use_training_kernels
 from sana_sprint.training.loop import Objective
 from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
 from sana_sprint.transformer.model import SanaTransformer2DModel
@@ -100,7 +100,7 @@ def student_of(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
     A new guidance embedding has a random first layer and a second one of zeros: were both zero, as in diffusers'
     example, neither would ever get a gradient.
     """
-    if isinstance(teacher.time_embed, TimeGuidanceEmbedding):
+    if embeds_guidance(teacher):
         return copy.deepcopy(teacher).train().requires_grad_(True)
     student = SanaTransformer2DModel.from_config(teacher.config, guidance_embeds=True)
     weights = {name.replace("time_embed.emb.", "time_embed."): value for name, value in teacher.state_dict().items()}
@@ -128,7 +128,7 @@ def guided_velocity(
     In one pass where the teacher embeds the scale; else by classifier-free guidance (Ho and Salimans, 2022) against the
     empty caption with its own mask, which is what the teacher has learned without a caption.
     """
-    if isinstance(teacher.time_embed, TimeGuidanceEmbedding):
+    if embeds_guidance(teacher):
         return predict_velocity(teacher, latents, time, batch.caption, batch.mask, guidance)
     with_caption = predict_velocity(teacher, latents, time, batch.caption, batch.mask, None)
     without = predict_velocity(teacher, latents, time, *empty, None)
@@ -254,9 +254,8 @@ class Distillation(Objective[SanaTransformer2DModel]):
         angle = self.settings.discriminator_angles.draw(draws, self.settings.sigma_data)
         noisy = add_noise(clean, draws.normal(clean.shape[1:]), angle)
         c, s = cosine_and_sine(angle, noisy)
-        embeds_guidance = isinstance(self.teacher.time_embed, TimeGuidanceEmbedding)
         scale = self.teacher.config.guidance_embeds_scale
-        guidance = torch.full_like(angle, scale) if embeds_guidance else None
+        guidance = torch.full_like(angle, scale) if embeds_guidance(self.teacher) else None
         return self._features(
             self.teacher, self.settings.head_blocks, noisy / (c + s), flow_time(angle), caption, mask, guidance
         )
