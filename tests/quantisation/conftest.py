@@ -30,6 +30,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="session")
+def settings() -> dict[str, dict[str, Any]]:
+    """Every kind of quantisation by name, as keywords of diffusers' or transformers' config."""
+    return CONFIGS
+
+
 @pytest.fixture(params=CONFIGS)
 def config(request) -> BitsAndBytesConfig:
     """Every kind of quantisation in turn."""

@@ -7,11 +7,29 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+import transformers
+from diffusers import PipelineQuantizationConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sana_sprint import SanaSprintPipeline, embedded_checkpoint
+from sana_sprint.quantisation import pieces
 from sana_sprint.quantisation.pieces import PIECE, InPieces
 
 # A little more than two pieces, whose last rows and blocks are no whole ones.
 NUM_ROWS, NUM_COLUMNS = 2 * PIECE // 1000 + 5, 1000
+
+
+class Largest(TorchDispatchMode):
+    """Inside, notes the most weights that bitsandbytes quantises at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_weights = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "quant" in str(func):
+            self.num_weights = max(self.num_weights, args[0].numel())
+        return func(*args, **(kwargs or {}))
 
 
 def matrix() -> torch.Tensor:
@@ -63,6 +81,24 @@ def test_outliers_are_sought_in_all_rows_at_once():
         found = bnb.functional.int8_vectorwise_quant(inputs, threshold=5.0)
     assert len(expected[2]) > 0
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_a_model_is_quantised_in_pieces_when_it_is_loaded(config, load, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 2**12)
+    with Largest() as largest:
+        load(quantization_config=config)
+    assert largest.num_weights == 2**12
+
+
+@pytest.mark.parametrize("name", ["8bit", "nf4"])
+def test_the_text_encoder_of_a_pipeline_is_quantised_in_pieces_too(name, settings, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 2**12)
+    config = PipelineQuantizationConfig(
+        quant_mapping={"text_encoder": transformers.BitsAndBytesConfig(**settings[name])}
+    )
+    with Largest() as largest:
+        SanaSprintPipeline.from_pretrained(embedded_checkpoint(), quantization_config=config, dtype=torch.bfloat16)
+    assert 0 < largest.num_weights <= 2**12
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what the most was that was resident")
