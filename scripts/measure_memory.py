@@ -118,7 +118,7 @@ def write_weights(folder: Path, text_layers: int | None) -> None:
 
 
 def load(folder: Path, quantization: str, size: int) -> tuple[Any, dict[str, Any]]:
-    """The pipeline on the CPU, with what the process took for itself at most, and takes now."""
+    """The pipeline on the CPU, with what is planned for a call, and what the process took for itself and takes now."""
     import sana_sprint
 
     own = OwnPeak()
@@ -127,8 +127,8 @@ def load(folder: Path, quantization: str, size: int) -> tuple[Any, dict[str, Any
     pipe = sana_sprint.load_pipeline(
         folder, quantization=quantization, device="cpu", memory="1TB", height=size, width=size
     )
-    seconds = round(time.monotonic() - started, 1)
-    return pipe, {"own": own.bytes, "own, loaded": status("RssAnon"), "seconds": seconds}
+    seconds, planned = round(time.monotonic() - started, 1), pipe.memory_plan.peak
+    return pipe, {"planned": planned, "own": own.bytes, "own, loaded": status("RssAnon"), "seconds": seconds}
 
 
 def draw(folder: Path, quantization: str, size: int) -> dict[str, Any]:
