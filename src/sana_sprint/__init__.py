@@ -10,9 +10,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "AutoencoderDC": "sana_sprint.autoencoder.model",
     "SCMScheduler": "sana_sprint.trigflow.scheduler",
+    "SanaControlNetModel": "sana_sprint.transformer.control",
     "SanaPipelineOutput": "sana_sprint.pipelines.output",
+    "SanaSprintImg2ImgPipeline": "sana_sprint.pipelines.image_to_image",
+    "SanaSprintInpaintPipeline": "sana_sprint.pipelines.inpaint",
     "SanaSprintPipeline": "sana_sprint.pipelines.text_to_image",
     "SanaTransformer2DModel": "sana_sprint.transformer.model",
+    "compile_pipeline": "sana_sprint.pipelines.compiling",
     "embedded_checkpoint": "sana_sprint.assets",
     "load_pipeline": "sana_sprint.memory.loading",
     "load_prompt_embeds": "sana_sprint.text.storage",
@@ -24,10 +28,14 @@ _HOMES = {
 __all__ = [
     "AutoencoderDC",
     "SCMScheduler",
+    "SanaControlNetModel",
     "SanaPipelineOutput",
+    "SanaSprintImg2ImgPipeline",
+    "SanaSprintInpaintPipeline",
     "SanaSprintPipeline",
     "SanaTransformer2DModel",
     "__version__",
+    "compile_pipeline",
     "embedded_checkpoint",
     "load_pipeline",
     "load_prompt_embeds",
@@ -40,10 +48,14 @@ if TYPE_CHECKING:
     from sana_sprint.assets import embedded_checkpoint
     from sana_sprint.autoencoder.model import AutoencoderDC
     from sana_sprint.memory.loading import load_pipeline
+    from sana_sprint.pipelines.compiling import compile_pipeline
+    from sana_sprint.pipelines.image_to_image import SanaSprintImg2ImgPipeline
+    from sana_sprint.pipelines.inpaint import SanaSprintInpaintPipeline
     from sana_sprint.pipelines.output import SanaPipelineOutput
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
     from sana_sprint.plugin import register, unregister
     from sana_sprint.text.storage import load_prompt_embeds, save_prompt_embeds
+    from sana_sprint.transformer.control import SanaControlNetModel
     from sana_sprint.transformer.model import SanaTransformer2DModel
     from sana_sprint.trigflow.scheduler import SCMScheduler
 

@@ -28,10 +28,22 @@ class Homes(NamedTuple):
 CLASSES = {
     "AutoencoderDC": Homes("sana_sprint.autoencoder.model", "diffusers.models.autoencoders.autoencoder_dc"),
     "SCMScheduler": Homes("sana_sprint.trigflow.scheduler", "diffusers.schedulers.scheduling_scm"),
+    "SanaControlNetModel": Homes("sana_sprint.transformer.control", "diffusers.models.controlnets.controlnet_sana"),
     "SanaTransformer2DModel": Homes("sana_sprint.transformer.model", "diffusers.models.transformers.sana_transformer"),
     "SanaSprintPipeline": Homes("sana_sprint.pipelines.text_to_image", "diffusers.pipelines.sana.pipeline_sana_sprint"),
+    "SanaSprintImg2ImgPipeline": Homes(
+        "sana_sprint.pipelines.image_to_image", "diffusers.pipelines.sana.pipeline_sana_sprint_img2img"
+    ),
 }
+# Pipelines that diffusers has no class for.
+ADDITIONS = {"SanaSprintInpaintPipeline": "sana_sprint.pipelines.inpaint"}
 
+# What diffusers' tables of automatic pipelines get from us, by the names of the tables.
+AUTO_PIPELINES = {
+    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": "SanaSprintPipeline",
+    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": "SanaSprintImg2ImgPipeline",
+    "AUTO_INPAINT_PIPELINES_MAPPING": "SanaSprintInpaintPipeline",
+}
 AUTO_PIPELINE_KEY = "sana-sprint"
 
 # diffusers' names of what we quantise our models with, and modules of `sana_sprint.quantisation` with our classes.
@@ -67,8 +79,8 @@ def silence_notices() -> None:
 
 def __getattr__(name: str) -> Any:
     # This module is the library that a pipeline of ours names for its components while it loads (`_from_here`).
-    if name in CLASSES:
-        return getattr(import_module(CLASSES[name].ours), name)
+    if name in CLASSES or name in ADDITIONS:
+        return getattr(import_module(CLASSES[name].ours if name in CLASSES else ADDITIONS[name]), name)
     if name in _BASE_CLASSES:
         return getattr(import_module("diffusers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -345,19 +357,20 @@ def _without_advice() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _auto_pipelines() -> dict[str, Any]:
-    """diffusers' table of text-to-image pipelines. Imports most of its pipelines."""
+def _auto_pipelines() -> dict[str, dict[str, Any]]:
+    """diffusers' tables of automatic pipelines, by the names of ours in them. Imports most of its pipelines."""
     with _without_advice():
-        return import_module("diffusers.pipelines.auto_pipeline").AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+        tables = import_module("diffusers.pipelines.auto_pipeline")
+    return {name: getattr(tables, table) for table, name in AUTO_PIPELINES.items()}
 
 
 def register() -> None:
-    """Put our classes in the place of diffusers' classes of the same names.
+    """Put our classes in the place of diffusers' classes of the same names, and beside them those it does not have.
 
     From then on `from diffusers import SanaTransformer2DModel`, `DiffusionPipeline.from_pretrained`,
-    `AutoPipelineForText2Image.from_pretrained` and `AutoModel.from_pretrained` give ours, whichever module of diffusers
-    was imported before or is imported after. Names that a program has imported from diffusers earlier stay what they
-    were. To call it again does nothing.
+    `AutoPipelineForText2Image.from_pretrained`, the same for image-to-image and inpainting, and
+    `AutoModel.from_pretrained` give ours, whichever module of diffusers was imported before or is imported after. Names
+    that a program has imported from diffusers earlier stay what they were. To call it again does nothing.
     """
     with _lock:
         ours_for_theirs = _ours_for_theirs()
@@ -366,15 +379,24 @@ def register() -> None:
         _exchange_names(ours_for_theirs)
         # diffusers' other pipelines then take either class without a warning.
         _exchange_annotations({theirs: theirs | ours for theirs, ours in ours_for_theirs.items()})
-        auto_pipelines[AUTO_PIPELINE_KEY] = __getattr__("SanaSprintPipeline")
+        for name, table in auto_pipelines.items():
+            table[AUTO_PIPELINE_KEY] = __getattr__(name)
+        for name in ADDITIONS:
+            setattr(import_module("diffusers"), name, __getattr__(name))
 
 
 def unregister() -> None:
     """Undo `register`: every name and table of diffusers is what it was. Without `register`, does nothing."""
     with _lock:
-        if "diffusers.pipelines.auto_pipeline" not in sys.modules or AUTO_PIPELINE_KEY not in _auto_pipelines():
+        if "diffusers.pipelines.auto_pipeline" not in sys.modules:
+            return
+        auto_pipelines = _auto_pipelines()
+        if not all(AUTO_PIPELINE_KEY in table for table in auto_pipelines.values()):
             return
         theirs_for_ours = {ours: theirs for theirs, ours in _ours_for_theirs().items()}
         _exchange_names(theirs_for_ours)
         _exchange_annotations(theirs_for_ours)
-        del _auto_pipelines()[AUTO_PIPELINE_KEY]
+        for table in auto_pipelines.values():
+            del table[AUTO_PIPELINE_KEY]
+        for name in ADDITIONS:
+            delattr(import_module("diffusers"), name)

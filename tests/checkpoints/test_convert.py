@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.checkpoints.convert import Conversion, convert
 from sana_sprint.checkpoints.reader import ASIDE_FILE
+from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 ASIDE = {"y_embedder.y_embedding", "logvar_linear.weight", "logvar_linear.bias"}
@@ -125,13 +126,17 @@ def test_a_controlnets_file_gives_the_control_or_the_base(reduced, store, tmp_pa
     run(source, tmp_path / "control")
     config = json.loads((tmp_path / "control" / "config.json").read_text())
     assert (config["_class_name"], config["residual_placement"]) == ("SanaControlNetModel", "before")
-    control, report = diffusers.SanaControlNetModel.from_pretrained(tmp_path / "control", output_loading_info=True)
+    control, report = SanaControlNetModel.from_pretrained(tmp_path / "control", output_loading_info=True)
     assert not any(report.values()), report
     assert len(control.transformer_blocks) == config["num_layers"]
     run(source, tmp_path / "base", kind="transformer")
     base, report = SanaTransformer2DModel.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert not any(report.values()), report
     assert torch.equal(base.patch_embed.proj.weight, control.patch_embed.proj.weight)
+    assert torch.equal(base.transformer_blocks[0].attn1.to_k.weight, control.base_block.attn1.to_k.weight)
+    run(source, tmp_path / "theirs", settings={"residual_placement": "after"})
+    _, report = diffusers.SanaControlNetModel.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(report.values()), report
 
 
 def test_settings_are_written_to_the_config(reduced, store, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.checkpoints.plan import Move, Plan, TensorInfo, plan_conversion
 from sana_sprint.checkpoints.recognise import Family, recognise
+from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 # Published parameters and tensors of diffusers' models; None where nobody has published a count.
@@ -91,22 +92,24 @@ def test_a_controlnets_file_is_whole_again_from_the_base_and_the_control(reduced
 def test_the_result_loads_into_our_class_and_into_diffusers(original):
     family, plan, tensors = converted(original)
     model = {move.target: tensors[move.target] for move in plan.moves}
-    ours = {"transformer": SanaTransformer2DModel, "autoencoder": AutoencoderDC}
-    theirs = {
-        "transformer": diffusers.SanaTransformer2DModel,
-        "autoencoder": diffusers.AutoencoderDC,
-        "controlnet": diffusers.SanaControlNetModel,
+    ours, theirs = {
+        "transformer": (SanaTransformer2DModel, diffusers.SanaTransformer2DModel),
+        "autoencoder": (AutoencoderDC, diffusers.AutoencoderDC),
+        "controlnet": (SanaControlNetModel, diffusers.SanaControlNetModel),
     }[family.kind]
-    if family.kind in ours:
-        ours[family.kind](**family.config).load_state_dict(model, strict=True)
-        assert list(model) == list(ours[family.kind](**family.config).state_dict())
+    ours(**family.config).load_state_dict(model, strict=True)
+    assert list(model) == list(ours(**family.config).state_dict())
+    # diffusers' ControlNet starts from the latents, and has no use for the transformer's first block.
+    model = {name: tensor for name, tensor in model.items() if not name.startswith("base_block.")}
     theirs.from_config(dict(family.config)).load_state_dict(model, strict=True)
 
 
 @pytest.mark.parametrize("name", sorted(COUNTS))
 def test_a_published_file_fits_its_model_with_the_published_counts(published, name):
     tensors = of_shapes(published(name))
-    family = recognise(tensors)
+    # Published counts of a ControlNet are of diffusers' class.
+    settings = {"residual_placement": "after"} if name.startswith("controlnet") else None
+    family = recognise(tensors, settings=settings)
     plan = plan_conversion(family, tensors, "diffusers")
     assert plan.is_exact, (plan.missing[:3], plan.unexpected[:3], plan.misshaped[:3])
     parameters, count = COUNTS[name]
@@ -121,6 +124,25 @@ def test_a_published_file_fits_its_model_with_the_published_counts(published, na
     assert {move.target: move.shape for move in back.moves} == {
         key: info.shape for key, info in tensors.items() if key not in (*plan.dropped, *plan.elsewhere)
     }
+
+
+@pytest.mark.parametrize("to", ["original", "diffusers"])
+def test_a_controlnet_keeps_its_placement_there_and_back(reduced, to):
+    for placement in ("before", "after"):
+        _, _, folder = converted(reduced("controlnet"), settings={"residual_placement": placement})
+        assert any(name.startswith("base_block.") for name in folder) == (placement == "before")
+        again = recognise(infos(folder))
+        tensors = carried_out(plan_conversion(again, infos(folder), to).moves, folder)
+        assert recognise(infos(tensors), kind="controlnet").config["residual_placement"] == placement
+
+
+def test_a_controlnet_without_the_transformers_first_block_cannot_start_from_it(reduced):
+    _, _, folder = converted(reduced("controlnet"), settings={"residual_placement": "after"})
+    plan = plan_conversion(
+        recognise(infos(folder), settings={"residual_placement": "before"}), infos(folder), "original"
+    )
+    assert len(plan.missing) == 19
+    assert all(name.startswith("base_block.") for name in plan.missing)
 
 
 def test_a_part_and_a_single_tensor_are_views_and_only_a_join_is_a_copy(reduced):

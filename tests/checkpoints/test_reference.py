@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.checkpoints.plan import TensorInfo, plan_conversion
 from sana_sprint.checkpoints.recognise import Family, recognise
+from sana_sprint.checkpoints.rules import Kind
+from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 # The same sums in float32 in another order, through some twenty layers: about 1e-6 of the largest value.
@@ -24,9 +26,9 @@ CROSS_HEAD_DIM = 16
 Tensors = dict[str, torch.Tensor]
 
 
-def converted(tensors: Tensors, file_name: str = "", **settings) -> tuple[Family, Tensors]:
+def converted(tensors: Tensors, file_name: str = "", kind: Kind | None = None, **settings) -> tuple[Family, Tensors]:
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    family = recognise(infos, file_name=file_name, settings=settings)
+    family = recognise(infos, file_name=file_name, settings=settings, kind=kind)
     plan = plan_conversion(family, infos, "diffusers")
     assert plan.is_exact
     return family, {move.target: move.apply([tensors[name] for name in move.sources]) for move in plan.moves}
@@ -112,16 +114,27 @@ class OriginalTransformer:
         normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         return x + gate_ff * self.feed_forward(normed * (1 + scale_ff) + shift_ff, *size, f"{name}.mlp")
 
-    def __call__(self, latents, caption, time, mask, guidance=None) -> torch.Tensor:
+    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.convolution(latents, "x_embedder.proj").flatten(2).transpose(1, 2)
+
+    def __call__(self, latents, caption, time, mask, guidance=None, drawing=None) -> torch.Tensor:
         size = latents.shape[2:]
-        x = self.convolution(latents, "x_embedder.proj").flatten(2).transpose(1, 2)
+        x = self.embed(latents)
         embedding = self.embed_scalar(time, "t_embedder")
         if guidance is not None:
             embedding = embedding + self.embed_scalar(guidance, "cfg_embedder")
         modulation = self.linear(F.silu(embedding), "t_block.1")
         text = F.gelu(self.linear(caption, "y_embedder.y_proj.fc1"), approximate="tanh")
         text = rms(self.linear(text, "y_embedder.y_proj.fc2"), self.tensors["attention_y_norm.weight"])
+        control = None if drawing is None else self.embed(drawing)
         for index in range(self.depth):
+            way_out = f"controlnet.{index - 1}.after_proj"
+            if control is not None and f"{way_out}.weight" in self.tensors:
+                if index == 1:
+                    control = x + self.linear(control, "controlnet.0.before_proj")
+                copied = f"controlnet.{index - 1}.copied_block"
+                control = self.block(control, text, mask, modulation, size, copied)
+                x = x + self.linear(control, way_out)
             x = self.block(x, text, mask, modulation, size, f"blocks.{index}")
         shift, scale = (self.tensors["final_layer.scale_shift_table"] + embedding[:, None]).chunk(2, dim=1)
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -139,15 +152,22 @@ def transformer_inputs() -> Tensors:
     }
 
 
-def run_ours(family: Family, state: Tensors, inputs: Tensors, guidance: torch.Tensor | None) -> torch.Tensor:
-    model = SanaTransformer2DModel(**family.config).eval()
+def loaded(cls: type, family: Family, state: Tensors) -> torch.nn.Module:
+    model = cls(**family.config).eval()
     model.load_state_dict(state, strict=True)
-    return model(
+    return model
+
+
+def run_ours(
+    family: Family, state: Tensors, inputs: Tensors, guidance: torch.Tensor | None, residuals=None
+) -> torch.Tensor:
+    return loaded(SanaTransformer2DModel, family, state)(
         inputs["latents"],
         inputs["caption"],
         inputs["time"],
         guidance=guidance,
         encoder_attention_mask=inputs["mask"],
+        controlnet_block_samples=residuals,
         return_dict=False,
     )[0]
 
@@ -166,14 +186,34 @@ def test_a_converted_transformer_computes_what_the_original_network_does(reduced
 @torch.no_grad()
 def test_the_base_of_a_controlnets_file_computes_what_the_original_network_does(reduced):
     file = reduced("controlnet")
-    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in file.tensors.items()}
-    settings = {"cross_attention_head_dim": CROSS_HEAD_DIM}
-    family = recognise(infos, kind="transformer", settings=settings)
-    plan = plan_conversion(family, infos, "diffusers")
-    state = {move.target: move.apply([file.tensors[name] for name in move.sources]) for move in plan.moves}
+    family, state = converted(file.tensors, kind="transformer", cross_attention_head_dim=CROSS_HEAD_DIM)
     inputs = transformer_inputs()
     wanted = OriginalTransformer(file.tensors)(**inputs)
     assert difference(run_ours(family, state, inputs, None), wanted) < FLOAT32
+
+
+@pytest.mark.parametrize("placement", ["before", "after"])
+@torch.no_grad()
+def test_a_converted_controlnet_does_what_the_original_does_if_its_residuals_go_before_blocks(reduced, placement):
+    file = reduced("controlnet")
+    settings = {"cross_attention_head_dim": CROSS_HEAD_DIM}
+    base, base_state = converted(file.tensors, kind="transformer", **settings)
+    family, state = converted(file.tensors, kind="controlnet", residual_placement=placement, **settings)
+    inputs = transformer_inputs()
+    drawing = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(2))
+    (residuals,) = loaded(SanaControlNetModel, family, state)(
+        inputs["latents"],
+        inputs["caption"],
+        inputs["time"],
+        drawing,
+        encoder_attention_mask=inputs["mask"],
+        return_dict=False,
+    )
+    found = run_ours(base, base_state, inputs, None, residuals)
+    wanted = OriginalTransformer(file.tensors)(**inputs, drawing=drawing)
+    # As diffusers places them, the same weights give another picture.
+    assert (difference(found, wanted) < FLOAT32) == (placement == "before")
+    assert difference(found, OriginalTransformer(file.tensors)(**inputs)) > 1000 * FLOAT32
 
 
 @pytest.mark.parametrize(

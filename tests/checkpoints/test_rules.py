@@ -10,6 +10,7 @@ from sana_sprint.checkpoints.rules import (
     AUTOENCODER_SHUFFLED,
     AUTOENCODER_STRIDED,
     CONTROLNET,
+    CONTROLNET_OF_LATENTS,
     LAYOUTS,
     TRANSFORMER,
     Table,
@@ -21,6 +22,7 @@ SPRINT = {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True, "num_laye
 ALL_TABLES = {
     "transformer": TRANSFORMER,
     "controlnet": CONTROLNET,
+    "controlnet_of_latents": CONTROLNET_OF_LATENTS,
     "autoencoder_strided": AUTOENCODER_STRIDED,
     "autoencoder_shuffled": AUTOENCODER_SHUFFLED,
 }

@@ -10,11 +10,12 @@ import torch
 from checkpoint_files import alter_a_number
 from safetensors.torch import save_file
 
-from sana_sprint import AutoencoderDC, SanaTransformer2DModel
+from sana_sprint import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel
 from sana_sprint.checkpoints.convert import Conversion, convert
 from sana_sprint.quantisation.layers import QuantisedLayer
 
 TRANSFORMERS = ["sana", "sana-1.5", "teacher", "sprint", "sprint-bare", "sana-2k"]
+CONTROLNETS = ["controlnet"]
 AUTOENCODERS = ["dc-ae-sana", "dc-ae-lite", "dc-ae-f32", "dc-ae-f64", "dc-ae-f128"]
 
 
@@ -30,9 +31,15 @@ def settings_of(model: diffusers.ModelMixin) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "_name_or_path"}
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS + AUTOENCODERS)
+def class_of(name: str) -> type:
+    if name in TRANSFORMERS:
+        return SanaTransformer2DModel
+    return SanaControlNetModel if name in CONTROLNETS else AutoencoderDC
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS + CONTROLNETS + AUTOENCODERS)
 def test_an_original_file_gives_the_model_that_its_conversion_gives(reduced, store, tmp_path, name):
-    cls = SanaTransformer2DModel if name in TRANSFORMERS else AutoencoderDC
+    cls = class_of(name)
     source = store(reduced(name))
     convert(Conversion(source=source, output=tmp_path / "folder"))
     model, wanted = cls.from_single_file(str(source)), cls.from_pretrained(tmp_path / "folder")

@@ -10,23 +10,41 @@ import pytest
 
 import sana_sprint
 
-NAMES = ("AutoencoderDC", "SCMScheduler", "SanaSprintPipeline", "SanaTransformer2DModel")
+NAMES = (
+    "AutoencoderDC",
+    "SCMScheduler",
+    "SanaControlNetModel",
+    "SanaSprintImg2ImgPipeline",
+    "SanaSprintPipeline",
+    "SanaTransformer2DModel",
+)
+# Classes of ours that diffusers has none for.
+ADDITIONS = ("SanaSprintInpaintPipeline",)
+AUTO_TABLES = (
+    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING",
+    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
+    "AUTO_INPAINT_PIPELINES_MAPPING",
+)
 
 # For a fresh interpreter: asserts that every way to a class of diffusers leads to ours.
 EVERY_WAY = f"""
 import sana_sprint, diffusers, diffusers.models, diffusers.models.autoencoders, diffusers.models.transformers
 import diffusers.pipelines, diffusers.pipelines.sana, diffusers.schedulers
-from diffusers import AutoencoderDC, SCMScheduler, SanaSprintPipeline, SanaTransformer2DModel
-for name in {NAMES}:
+from diffusers import AutoencoderDC, SCMScheduler, SanaSprintImg2ImgPipeline, SanaSprintPipeline
+from diffusers import SanaControlNetModel, SanaSprintInpaintPipeline, SanaTransformer2DModel
+for name in {NAMES + ADDITIONS}:
     assert globals()[name] is getattr(diffusers, name) is getattr(sana_sprint, name), name
 for module, name in [
     (diffusers.models, "AutoencoderDC"),
+    (diffusers.models, "SanaControlNetModel"),
+    (diffusers.models.controlnets, "SanaControlNetModel"),
     (diffusers.models, "SanaTransformer2DModel"),
     (diffusers.models.autoencoders, "AutoencoderDC"),
     (diffusers.models.transformers, "SanaTransformer2DModel"),
     (diffusers.schedulers, "SCMScheduler"),
     (diffusers.pipelines, "SanaSprintPipeline"),
     (diffusers.pipelines.sana, "SanaSprintPipeline"),
+    (diffusers.pipelines.sana, "SanaSprintImg2ImgPipeline"),
 ]:
     assert getattr(module, name) is getattr(sana_sprint, name), (module, name)
 loaded = [
@@ -40,6 +58,17 @@ for pipe in loaded:
     assert type(pipe.transformer) is sana_sprint.SanaTransformer2DModel
     assert type(pipe.vae) is sana_sprint.AutoencoderDC
     assert type(pipe.scheduler) is sana_sprint.SCMScheduler
+for automatic, kind in [
+    (diffusers.AutoPipelineForImage2Image, sana_sprint.SanaSprintImg2ImgPipeline),
+    (diffusers.AutoPipelineForInpainting, sana_sprint.SanaSprintInpaintPipeline),
+]:
+    assert type(automatic.from_pretrained(FOLDER)) is kind
+    other = automatic.from_pipe(loaded[0])
+    assert type(other) is kind
+    assert other.components == loaded[0].components
+    assert type(diffusers.AutoPipelineForText2Image.from_pipe(other)) is sana_sprint.SanaSprintPipeline
+    other.save_pretrained(FOLDER + kind.__name__)
+    assert type(diffusers.DiffusionPipeline.from_pretrained(FOLDER + kind.__name__)) is kind
 model = diffusers.AutoModel.from_pretrained(FOLDER, subfolder="transformer")
 assert type(model) is sana_sprint.SanaTransformer2DModel
 print("ours by every way")
@@ -47,10 +76,10 @@ print("ours by every way")
 
 
 def snapshot() -> dict:
-    """Every class that a module of diffusers has a name for, its constructor's annotations, and the automatic table."""
-    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+    """Every class that a module of diffusers has a name for, its constructor's annotations, the automatic tables."""
+    from diffusers.pipelines import auto_pipeline
 
-    found = {"auto": dict(AUTO_TEXT2IMAGE_PIPELINES_MAPPING)}
+    found = {table: dict(getattr(auto_pipeline, table)) for table in AUTO_TABLES}
     for module in [one for name, one in list(sys.modules.items()) if name.split(".")[0] == "diffusers"]:
         for name, value in list(vars(module).items()):
             if inspect.isclass(value):
@@ -113,20 +142,21 @@ def test_unregister_leaves_no_class_of_ours_in_diffusers(folder):
     sana_sprint.register()
     sana_sprint.unregister()
     sana_sprint.unregister()
-    ours = {getattr(sana_sprint, name) for name in NAMES}
+    ours = {getattr(sana_sprint, name) for name in NAMES + ADDITIONS}
+    assert not any(hasattr(diffusers, name) for name in ADDITIONS)
     assert [key for key, value in snapshot().items() if inspect.isclass(value) and value in ours] == []
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     assert {type(one) for one in (pipe, pipe.vae, pipe.transformer, pipe.scheduler)} & ours == set()
 
 
 def test_what_diffusers_imports_while_registered_is_restored_too(registered, monkeypatch):
-    name = "diffusers.pipelines.sana.pipeline_sana_sprint_img2img"
+    name = "diffusers.pipelines.sana.pipeline_sana_controlnet"
     monkeypatch.delitem(sys.modules, name, raising=False)
     later = import_module(name)
     assert later.SanaTransformer2DModel is sana_sprint.SanaTransformer2DModel
     sana_sprint.unregister()
     assert later.SanaTransformer2DModel is not sana_sprint.SanaTransformer2DModel
-    annotations = later.SanaSprintImg2ImgPipeline.__init__.__annotations__
+    annotations = later.SanaControlNetPipeline.__init__.__annotations__
     assert annotations["transformer"] is later.SanaTransformer2DModel
 
 
@@ -142,6 +172,7 @@ def test_while_registered_diffusers_other_pipelines_take_our_components_quietly(
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
         flow = diffusers.SanaPipeline.from_pipe(pipe)
         other = diffusers.SanaSprintImg2ImgPipeline.from_pipe(pipe)
+        assert type(other) is sana_sprint.SanaSprintImg2ImgPipeline
         diffusers.SanaPipeline.from_pretrained(folder)
     assert type(pipe) is sana_sprint.SanaSprintPipeline
     assert flow.transformer is other.transformer is pipe.transformer

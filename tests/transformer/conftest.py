@@ -1,4 +1,4 @@
-"""Tiny transformers with random weights, and inputs for them."""
+"""Tiny transformers and ControlNets with random weights, and inputs for them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 TINY: dict[str, Any] = {
@@ -24,16 +25,32 @@ TINY: dict[str, Any] = {
 }
 
 
+def fill_with_noise(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
 @pytest.fixture
 def make_transformer() -> Callable[..., SanaTransformer2DModel]:
     """A tiny Sprint transformer in eval mode; keywords change its config."""
 
     def make(**config: Any) -> SanaTransformer2DModel:
         model = SanaTransformer2DModel(**{**TINY, **config}).eval()
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        fill_with_noise(model, seed=0)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_control() -> Callable[..., SanaControlNetModel]:
+    """A tiny ControlNet for such a transformer, in eval mode, that seems to have learnt something."""
+
+    def make(**config: Any) -> SanaControlNetModel:
+        model = SanaControlNetModel(**{**TINY, **config}).eval()
+        fill_with_noise(model, seed=4)
         return model
 
     return make
@@ -50,3 +67,9 @@ def inputs() -> dict[str, Any]:
         "guidance": torch.tensor([0.45, 0.2]),
         "encoder_attention_mask": torch.tensor([[1] * 3 + [0] * 4, [1] * 7]),
     }
+
+
+@pytest.fixture
+def drawing() -> torch.Tensor:
+    """Latents of a drawing for each of the two pictures."""
+    return torch.randn(2, 4, 4, 6, generator=torch.Generator().manual_seed(5))

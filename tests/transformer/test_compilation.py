@@ -5,6 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from sana_sprint.text.encoder import drop_padding
+
+CROSS_ATTENTION = ("attn2.to_kv.weight", "attn2.to_kv.bias")
 SAME: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}  # float32, the same operations
 
 
@@ -60,3 +63,34 @@ def test_b15_the_repeated_blocks_compile_by_themselves(make_transformer, inputs)
     model.compile_repeated_blocks(fullgraph=True, backend=count)
     torch.testing.assert_close(model(**inputs).sample, expected, **SAME)
     assert len(graphs) == 1  # three blocks, one graph
+
+
+@pytest.mark.parametrize("compiles", ["compile", "compile_repeated_blocks"])
+@torch.no_grad()
+def test_other_times_and_other_texts_of_a_padded_length_need_no_other_code(make_transformer, inputs, compiles):
+    model = make_transformer(num_layers=2)
+    calls = []
+    for time, length in ((0.9, 7), (0.5, 2), (0.1, 5)):
+        text, mask = inputs["encoder_hidden_states"][:, :length], torch.ones(2, length, dtype=torch.long)
+        call = {**inputs, "timestep": torch.tensor([time, time])}
+        expected = model(**{**call, "encoder_hidden_states": text, "encoder_attention_mask": None}).sample
+        embeds, mask = drop_padding(text, mask, lengths=(8,))
+        calls.append(({**call, "encoder_hidden_states": embeds, "encoder_attention_mask": mask}, expected))
+    getattr(model, compiles)(fullgraph=True, backend="eager")
+    for index, (call, expected) in enumerate(calls):
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            torch.testing.assert_close(model(**call).sample, expected, **SAME)
+
+
+@torch.no_grad()
+def test_fused_projections_compile_and_unfused_ones_are_the_separate_ones_again(make_transformer, inputs):
+    model = make_transformer(num_layers=1)
+    expected, names = model(**inputs).sample, set(model.state_dict())
+    model.fuse_qkv_projections()
+    added = set(model.state_dict()) - names
+    assert added == {f"transformer_blocks.0.{name}" for name in ("attn1.to_qkv.weight", *CROSS_ATTENTION)}
+    model.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model(**inputs).sample, expected, **SAME)
+    model.unfuse_qkv_projections()
+    assert set(model.state_dict()) == names
+    torch.testing.assert_close(model(**inputs).sample, expected, **SAME)

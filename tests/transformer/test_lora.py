@@ -8,17 +8,18 @@ import torch
 from peft import LoraConfig
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1", "linear_2", "proj_out"]
-SAME: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}  # float32, weights merged or not
+SAME: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}  # float32, weights merged or not
 
 
 @pytest.fixture
 def adapted(make_transformer):
     """A transformer with an adapter that changes its output."""
     model = make_transformer()
+    torch.manual_seed(3)  # of the other half of the weights, which PEFT draws
     model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_B" in name:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
     return model
 

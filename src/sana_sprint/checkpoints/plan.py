@@ -1,23 +1,25 @@
 """What a checkpoint is, and the layout wanted, to a list of moves: which tensor of the result is made of which."""
 
-import inspect
-import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.checkpoints.recognise import Family
-from sana_sprint.checkpoints.rules import ANY_SIZE, COMPANIONS, Layout, Place, Table, TensorInfo, table_of
+from sana_sprint.checkpoints.rules import ANY_SIZE, COMPANIONS, Kind, Layout, Place, Table, TensorInfo, table_of
+from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 __all__ = ["Move", "Plan", "TensorInfo", "plan_conversion"]
 
 Shape = tuple[int, ...]
 
-# A ControlNet is a transformer's trunk without what turns tokens into a velocity.
-CONTROLNET_LACKS = re.compile(r"scale_shift_table|proj_out\.(weight|bias)")
+MODELS: dict[Kind, Callable[..., torch.nn.Module]] = {
+    "transformer": SanaTransformer2DModel,
+    "controlnet": SanaControlNetModel,
+    "autoencoder": AutoencoderDC,
+}
 
 
 @dataclass(frozen=True)
@@ -77,24 +79,13 @@ class Plan:
 
 def _model_shapes(family: Family) -> dict[str, Shape]:
     """Names and shapes of the model in diffusers' layout, from our classes without their memory."""
-    model: type[AutoencoderDC] | type[SanaTransformer2DModel]
-    model, arguments = AutoencoderDC, family.config
-    if family.kind != "autoencoder":
-        model, accepted = SanaTransformer2DModel, inspect.signature(SanaTransformer2DModel.__init__).parameters
-        arguments = {setting: value for setting, value in family.config.items() if setting in accepted}
+    model = MODELS[family.kind]
     try:
         with torch.device("meta"):
-            shapes = {name: tuple(tensor.shape) for name, tensor in model(**arguments).state_dict().items()}
+            return {name: tuple(tensor.shape) for name, tensor in model(**family.config).state_dict().items()}
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"there is no {family.kind} of the sizes that the checkpoint shows: {reason}") from error
-    if family.kind == "controlnet":
-        width = family.config["num_attention_heads"] * family.config["attention_head_dim"]
-        exits = ["input_block", *(f"controlnet_blocks.{index}" for index in range(family.config["num_layers"]))]
-        shapes = {name: shape for name, shape in shapes.items() if not CONTROLNET_LACKS.fullmatch(name)}
-        for name in exits:
-            shapes |= {f"{name}.weight": (width, width), f"{name}.bias": (width,)}
-    return shapes
 
 
 def _place(table: Table, name: str) -> Place:

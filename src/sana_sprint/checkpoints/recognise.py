@@ -60,10 +60,7 @@ class Family:
         kind: which of our models it holds.
         layout: whose names its tensors bear.
         name: for people.
-        config: constructor arguments of SanaTransformer2DModel or AutoencoderDC. Of a ControlNet: those of diffusers'
-            class, what its blocks need besides (`qk_norm`, `guidance_embeds`, ...), and `residual_placement`, "before"
-            (NVlabs: a residual enters block k + 1 with the tokens, and the control starts from block 0's output) or
-            "after" (diffusers: it is added to what block k + 1 gives, and the control starts from the latents).
+        config: constructor arguments of SanaTransformer2DModel, AutoencoderDC or SanaControlNetModel.
         scheduler: what a transformer is sampled with: "scm" (Sprint) or "flow"; None for other kinds.
         prefix: what every name in the file begins with.
         ambiguous: settings that names and shapes cannot tell.
@@ -206,7 +203,7 @@ def recognise(
         config, doubts = autoencoder_config(shapes, hint, given)
         name = autoencoder_name(config)
     elif reading.kind == "controlnet":
-        config, doubts = controlnet_config(shapes, extras, hint, given, is_original=reading.layout == "original")
+        config, doubts = controlnet_config(shapes, extras, hint, given)
         name = transformer_name(config, is_control=True)
     else:
         config, doubts = transformer_config(shapes, extras, hint, given)

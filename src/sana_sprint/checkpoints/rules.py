@@ -170,7 +170,8 @@ POSITIONS = ("pos_embed", "base_model.pos_embed", "model.pos_embed")
 
 TRANSFORMER = Table(TRUNK + rows(BLOCK, "blocks.{i}.", "transformer_blocks.{i}.") + HEAD, BESIDE_TRANSFORMER, POSITIONS)
 
-CONTROLNET = Table(
+# As diffusers has it: the control starts from the latents.
+CONTROLNET_OF_LATENTS = Table(
     TRUNK
     + rows(BLOCK, "controlnet.{i}.copied_block.", "transformer_blocks.{i}.")
     + rows(
@@ -182,6 +183,8 @@ CONTROLNET = Table(
     BESIDE_TRANSFORMER,
     POSITIONS,
 )
+# As NVlabs has it: the control starts from what the frozen transformer's first block makes of them.
+CONTROLNET = replace(CONTROLNET_OF_LATENTS, rules=CONTROLNET_OF_LATENTS.rules + rows(BLOCK, "blocks.0.", "base_block."))
 
 # A residual block wraps its work as `main`, a sequence its items as `op_list`.
 CODER_BLOCK: list[tuple[str, str] | tuple[str, tuple[str, ...]]] = [
@@ -235,4 +238,6 @@ def table_of(kind: Kind, config: Mapping[str, Any]) -> Table:
     """The table of a model of this kind and config."""
     if kind == "autoencoder":
         return AUTOENCODER_SHUFFLED if config["downsample_block_type"] == "pixel_unshuffle" else AUTOENCODER_STRIDED
-    return TRANSFORMER if kind == "transformer" else CONTROLNET
+    if kind == "transformer":
+        return TRANSFORMER
+    return CONTROLNET if config["residual_placement"] == "before" else CONTROLNET_OF_LATENTS

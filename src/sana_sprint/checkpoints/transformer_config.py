@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from sana_sprint.checkpoints.evidence import (
     Ambiguity,
@@ -15,6 +15,7 @@ from sana_sprint.checkpoints.evidence import (
     vote,
     with_given,
 )
+from sana_sprint.transformer.residuals import Placement
 
 # Published: width of the network to width of a cross-attention head. Self-attention heads are 32 wide.
 CROSS_HEAD_DIMS = {1152: 72, 2240: 112}
@@ -29,7 +30,7 @@ SAMPLE_SIZES = {"512": 16, "1024": 32, "2k": 64, "2048": 64, "4k": 128, "4096": 
 PIXELS_PER_CELL = 32
 CHANNELS, CAPTION_CHANNELS = 32, 2304
 TEACHER_TIMESTEP_SCALE = 0.001
-PLACEMENT, PLACEMENTS = "residual_placement", ("before", "after")
+PLACEMENT, PLACEMENTS = "residual_placement", get_args(Placement)
 
 
 def _channels(shapes: Shapes, prior: list[int]) -> tuple[int, int]:
@@ -148,17 +149,18 @@ def transformer_config(
 
 
 def controlnet_config(
-    shapes: Shapes, extras: Shapes, name: str, given: Mapping[str, Any], is_original: bool
+    shapes: Shapes, extras: Shapes, name: str, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Ambiguity]]:
-    """Config of a SanaControlNetModel: its trunk's, and where its residuals go. Arguments as `transformer_config`."""
+    """Config of a SanaControlNetModel: its trunk's, and where its residuals go. Arguments as `transformer_config`.
+
+    Who runs it as NVlabs does needs the transformer's first block, which is there or is not.
+    """
     own = {key: value for key, value in given.items() if key != PLACEMENT}
     config, doubts = transformer_config(shapes, extras, name, own)
-    # NVlabs trains with residuals before a block; diffusers runs the same weights with residuals after it.
-    placement = given.get(PLACEMENT, "before" if is_original else "after")
+    has_base_block = any(key.startswith("base_block.") for key in shapes)
+    placement = given.get(PLACEMENT, "before" if has_base_block else "after")
     if placement not in PLACEMENTS:
         raise ValueError(f"{PLACEMENT} must be {' or '.join(PLACEMENTS)}, got {placement!r}")
-    if PLACEMENT not in given and not is_original:
-        doubts.append(Ambiguity(PLACEMENT, "after", ("before",), "run as diffusers does, or as NVlabs trained it"))
     return {**config, PLACEMENT: placement}, doubts
 
 

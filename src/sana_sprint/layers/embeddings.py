@@ -103,9 +103,7 @@ class TimeEmbedding(nn.Module):
         self, time: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if guidance is not None:
-            raise ValueError(
-                "this transformer has no guidance embedding (guidance_embeds=False): guidance must be None"
-            )
+            raise ValueError("this network has no guidance embedding (guidance_embeds=False): guidance must be None")
         embedding = self.emb["timestep_embedder"](time, dtype)
         return self.linear(F.silu(embedding)), embedding
 
@@ -124,7 +122,7 @@ class TimeGuidanceEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if guidance is None:
             raise ValueError(
-                "this transformer embeds its guidance (guidance_embeds=True): pass guidance, one number per image,"
+                "this network embeds its guidance (guidance_embeds=True): pass guidance, one number per image,"
                 " the guidance scale times guidance_embeds_scale"
             )
         embedding = self.timestep_embedder(time, dtype) + self.guidance_embedder(guidance, dtype)

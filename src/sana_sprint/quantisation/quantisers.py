@@ -25,6 +25,8 @@ EXACT = (
     "time_embed",  # time and guidance modulate every token of every block: an error here is the same error everywhere
     "caption_projection",  # Gemma's features have channels far outside the others' range, and set the scale of a row
     "proj_out",  # its rounding is the output's
+    "input_block",  # a ControlNet's way in and ways out, small beside its blocks: what they round is the control
+    "controlnet_blocks",
 )
 
 # In a checkpoint, the keys beside a weight that say that it is quantised.

@@ -12,7 +12,7 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from sana_sprint.layers.norms import SanaModulatedNorm
-from sana_sprint.transformer.block import BlockShape
+from sana_sprint.transformer.residuals import ControlSamples, residuals_by_block
 from sana_sprint.transformer.trunk import SanaTrunk
 
 
@@ -74,38 +74,10 @@ class SanaTransformer2DModel(SanaTrunk):
         timestep_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if num_cross_attention_heads is None or cross_attention_head_dim is None or cross_attention_dim is None:
-            raise ValueError(
-                "a SANA transformer reads its caption by cross attention: num_cross_attention_heads,"
-                " cross_attention_head_dim and cross_attention_dim must be numbers, got"
-                f" {num_cross_attention_heads}, {cross_attention_head_dim}, {cross_attention_dim}"
-            )
-        shape = BlockShape(
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            num_cross_attention_heads=num_cross_attention_heads,
-            cross_attention_head_dim=cross_attention_head_dim,
-            cross_attention_dim=cross_attention_dim,
-            mlp_ratio=mlp_ratio,
-            dropout=dropout,
-            attention_bias=attention_bias,
-            norm_elementwise_affine=norm_elementwise_affine,
-            norm_eps=norm_eps,
-            qk_norm=qk_norm,
-        )
-        self.build_trunk(
-            shape,
-            num_layers=num_layers,
-            in_channels=in_channels,
-            caption_channels=caption_channels,
-            sample_size=sample_size,
-            patch_size=patch_size,
-            interpolation_scale=interpolation_scale,
-            guidance_embeds=guidance_embeds,
-        )
-        self.scale_shift_table = nn.Parameter(torch.randn(2, shape.width) / shape.width**0.5)
-        self.norm_out = SanaModulatedNorm(shape.width)
-        self.proj_out = nn.Linear(shape.width, patch_size * patch_size * (out_channels or in_channels))
+        width = self.build_trunk().width
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.norm_out = SanaModulatedNorm(width)
+        self.proj_out = nn.Linear(width, patch_size * patch_size * (out_channels or in_channels))
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -117,7 +89,7 @@ class SanaTransformer2DModel(SanaTrunk):
         encoder_attention_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
-        controlnet_block_samples: tuple[torch.Tensor, ...] | None = None,
+        controlnet_block_samples: ControlSamples | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor, ...]:
         """Predict the flow's velocity (noise minus data).
@@ -131,7 +103,8 @@ class SanaTransformer2DModel(SanaTrunk):
                 attention scores is taken as it is.
             attention_mask: ignored; self attention is over all tokens. Part of diffusers' signature.
             attention_kwargs: {"scale": LoRA scale}.
-            controlnet_block_samples: residuals (B, N, D); number k is added after block k + 1.
+            controlnet_block_samples: residuals (B, N, D) of ControlNets; number k of a sequence is added to the output
+                of block k + 1, of `EarlyResiduals` to that of block k.
             return_dict: return a `Transformer2DModelOutput` and not a tuple.
 
         Returns:
@@ -142,12 +115,12 @@ class SanaTransformer2DModel(SanaTrunk):
                 size, or a guidance that the config does not provide for.
         """
         inputs = self.embed_inputs(hidden_states, encoder_hidden_states, timestep, guidance, encoder_attention_mask)
-        residuals = controlnet_block_samples or ()
+        residuals = residuals_by_block(controlnet_block_samples or ())
         tokens = inputs.tokens
         for index, block in enumerate(self.transformer_blocks):
             tokens = self.run_block(block, tokens, inputs)
-            if 0 < index <= len(residuals):
-                tokens = tokens + residuals[index - 1]
+            if index in residuals:
+                tokens = tokens + residuals[index]
         tokens = self.proj_out(self.norm_out(tokens, inputs.time_embedding, self.scale_shift_table))
         sample = self._unpatchify(tokens, inputs.height, inputs.width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

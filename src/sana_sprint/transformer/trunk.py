@@ -3,14 +3,16 @@
 B batch, C channels, N = H*W tokens, D width, L text tokens.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
 from torch import nn
 
+from sana_sprint.layers.attention import FusingMixin
 from sana_sprint.layers.casting import QuietCastMixin
 from sana_sprint.layers.embeddings import CaptionProjection, PatchEmbed, TimeEmbedding, TimeGuidanceEmbedding
 from sana_sprint.layers.norms import RMSNorm
@@ -42,10 +44,26 @@ def attention_bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tenso
     return ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
 
 
+def block_shape(config: Mapping[str, Any]) -> BlockShape:
+    """What the blocks of a network with this config are like.
+
+    Raises:
+        ValueError: for a config without cross attention.
+    """
+    entries = {field.name: config[field.name] for field in fields(BlockShape)}
+    cross = {name: value for name, value in entries.items() if "cross_" in name}
+    if None in cross.values():
+        raise ValueError(
+            "a SANA network reads its caption by cross attention: "
+            f"{', '.join(cross)} must be numbers, got {', '.join(map(str, cross.values()))}"
+        )
+    return BlockShape(**entries)
+
+
 class SanaTrunk(
     QuantisedModel,
     QuietCastMixin,
-    AttentionMixin,
+    FusingMixin,
     ConfigMixin,
     PeftAdapterMixin,
     SingleFileModel,
@@ -53,24 +71,24 @@ class SanaTrunk(
 ):
     """Embeddings and blocks; subclasses add what comes out. Inheritance adds no prefix to the state-dict keys."""
 
-    def build_trunk(
-        self,
-        shape: BlockShape,
-        num_layers: int,
-        in_channels: int,
-        caption_channels: int,
-        sample_size: int,
-        patch_size: int,
-        interpolation_scale: float | None,
-        guidance_embeds: bool,
-    ) -> None:
-        """Create the shared modules; to be called once, from the subclass's constructor."""
-        self.patch_embed = PatchEmbed(sample_size, patch_size, in_channels, shape.width, interpolation_scale)
-        self.time_embed = TimeGuidanceEmbedding(shape.width) if guidance_embeds else TimeEmbedding(shape.width)
-        self.caption_projection = CaptionProjection(caption_channels, shape.width)
+    def build_trunk(self) -> BlockShape:
+        """Create the shared modules of the config, in the subclass's constructor; returns what the blocks are like.
+
+        Raises:
+            ValueError: for a config without cross attention, or an unknown `qk_norm`.
+        """
+        config = self.config
+        shape = block_shape(config)
+        time_embedding = TimeGuidanceEmbedding if config.guidance_embeds else TimeEmbedding
+        self.patch_embed = PatchEmbed(
+            config.sample_size, config.patch_size, config.in_channels, shape.width, config.interpolation_scale
+        )
+        self.time_embed = time_embedding(shape.width)
+        self.caption_projection = CaptionProjection(config.caption_channels, shape.width)
         self.caption_norm = RMSNorm(shape.width)
-        self.transformer_blocks = nn.ModuleList(SanaTransformerBlock(shape) for _ in range(num_layers))
+        self.transformer_blocks = nn.ModuleList(SanaTransformerBlock(shape) for _ in range(config.num_layers))
         self.gradient_checkpointing = False
+        return shape
 
     def embed_inputs(
         self,

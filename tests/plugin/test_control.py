@@ -1,0 +1,71 @@
+"""diffusers' own pipeline for ControlNets, with its classes and with ours in their place."""
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import sana_sprint
+
+# Two implementations in float32, through a network called three times.
+FLOAT32 = 1e-4
+
+
+@pytest.fixture
+def control_folder(tiny_pipeline_parts, tmp_path):
+    """A pipeline of diffusers with random weights and a ControlNet that seems to have learnt something."""
+    parts = dict(tiny_pipeline_parts)
+    config = {**parts["transformer"].config, "guidance_embeds": False, "qk_norm": None, "num_layers": 4}
+    torch.manual_seed(2)
+    transformer = diffusers.SanaTransformer2DModel.from_config(config)
+    control = diffusers.SanaControlNetModel.from_config({**config, "num_layers": 2})
+    for parameter in (*control.input_block.parameters(), *control.controlnet_blocks.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
+    vae = diffusers.AutoencoderDC.from_config(parts["vae"].config)
+    pipe = diffusers.SanaControlNetPipeline(
+        tokenizer=parts["tokenizer"],
+        text_encoder=parts["text_encoder"],
+        vae=vae,
+        transformer=transformer,
+        controlnet=control,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    pipe.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def latents_of(pipe: Any, scale: float) -> torch.Tensor:
+    drawing = Image.new("RGB", (64, 64))
+    ImageDraw.Draw(drawing).ellipse([10, 10, 50, 50], outline="white", width=3)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        "a red circle",
+        control_image=drawing,
+        controlnet_conditioning_scale=scale,
+        height=64,
+        width=64,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(0),
+        use_resolution_binning=False,
+        complex_human_instruction=None,
+        max_sequence_length=16,
+        output_type="latent",
+    ).images
+
+
+def test_while_registered_diffusers_controlnet_pipeline_draws_the_same_with_ours(control_folder):
+    theirs = diffusers.SanaControlNetPipeline.from_pretrained(control_folder)
+    wanted, free = latents_of(theirs, 1.0), latents_of(theirs, 0.0)
+    sana_sprint.register()
+    try:
+        ours = diffusers.SanaControlNetPipeline.from_pretrained(control_folder)
+        found = latents_of(ours, 1.0)
+    finally:
+        sana_sprint.unregister()
+    assert type(ours.controlnet) is sana_sprint.SanaControlNetModel
+    assert type(ours.transformer) is sana_sprint.SanaTransformer2DModel
+    assert type(theirs.controlnet) is not type(ours.controlnet)
+    assert (found - wanted).abs().max() < FLOAT32 * wanted.abs().max()
+    assert (wanted - free).abs().max() > 0.01 * wanted.abs().max()
