@@ -51,11 +51,20 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        # controlnet-aux needs a torchvision that fits the torch that is installed.
+        "control": ["controlnet-aux>=0.0.10", "opencv-python-headless>=4.10"],
         "lora": ["peft>=0.17"],
         # torch-fidelity needs a torchvision that fits the torch that is installed.
         "evaluation": ["torch-fidelity>=0.4"],
         "train": ["matplotlib>=3.9", "tensorboard>=2.18", "webdataset>=1.0"],
-        "dev": ["mypy>=1.15", "peft>=0.17", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "dev": [
+            "mypy>=1.15",
+            "opencv-python-headless>=4.10",
+            "peft>=0.17",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+        ],
     },
     entry_points={"console_scripts": ["sana-sprint = sana_sprint.cli.main:main"]},
     classifiers=[

@@ -25,6 +25,7 @@ RANKS = {
     "trigflow": 1,
     "autoencoder": 1,
     "shapes": 1,
+    "conditioning": 1,
     "checkpoints": 2,
     "evaluation": 2,
     "quantisation": 2,

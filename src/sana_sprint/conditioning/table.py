@@ -1,0 +1,30 @@
+"""The name of a kind of control to the function that makes it of a picture."""
+
+from collections.abc import Callable
+
+from PIL import Image
+
+from sana_sprint.conditioning.drawing import scribble, soft_edges
+from sana_sprint.conditioning.edges import edges
+from sana_sprint.conditioning.networks import depth, hed
+from sana_sprint.conditioning.pictures import Picture
+
+# Each makes a picture in RGB, of the size of the one it is given.
+CONTROLS: dict[str, Callable[[Picture], Image.Image]] = {
+    "edges": edges,
+    "scribble": scribble,
+    "soft_edges": soft_edges,
+    "depth": depth,
+    "hed": hed,
+}
+
+
+def control_named(name: str) -> Callable[[Picture], Image.Image]:
+    """The function of this name in `CONTROLS`.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in CONTROLS:
+        raise ValueError(f"no control is named {name!r}; there are {', '.join(CONTROLS)}")
+    return CONTROLS[name]
