@@ -6,13 +6,20 @@ from typing import Any
 import diffusers.models.autoencoders.autoencoder_dc as their_autoencoder
 import diffusers.models.transformers.sana_transformer as their_transformer
 import diffusers.pipelines.sana.pipeline_sana_sprint as their_pipeline
+import diffusers.pipelines.sana.pipeline_sana_sprint_img2img as their_image_pipeline
 import diffusers.schedulers.scheduling_scm as their_scheduler
 import pytest
 import torch
 from diffusers import PipelineQuantizationConfig
 from wide_text import wide_text_encoder
 
-from sana_sprint import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+from sana_sprint import (
+    SanaSprintImg2ImgPipeline,
+    SanaSprintInpaintPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +49,46 @@ def their_pipe(their_parts) -> their_pipeline.SanaSprintPipeline:
     pipeline = their_pipeline.SanaSprintPipeline(**{**their_parts, "scheduler": their_scheduler.SCMScheduler()})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def img2img(tiny_pipeline_parts) -> SanaSprintImg2ImgPipeline:
+    """Our image-to-image pipeline around the same components."""
+    pipeline = SanaSprintImg2ImgPipeline(**{**tiny_pipeline_parts, "scheduler": SCMScheduler()})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def their_img2img(their_parts) -> their_image_pipeline.SanaSprintImg2ImgPipeline:
+    """diffusers' image-to-image pipeline around diffusers' components."""
+    pipeline = their_image_pipeline.SanaSprintImg2ImgPipeline(
+        **{**their_parts, "scheduler": their_scheduler.SCMScheduler()}
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def inpaint(tiny_pipeline_parts) -> SanaSprintInpaintPipeline:
+    """Our inpainting pipeline around the same components."""
+    pipeline = SanaSprintInpaintPipeline(**{**tiny_pipeline_parts, "scheduler": SCMScheduler()})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def pictures() -> torch.Tensor:
+    """Three different pictures of 64 by 64 pixels, with values in [0, 1]."""
+    return torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="session")
+def right_half() -> torch.Tensor:
+    """A mask of 64 by 64 pixels."""
+    mask = torch.zeros(64, 64)
+    mask[:, 32:] = 1
+    return mask
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Decoding with too little memory: in tiles, said once, and nothing left changed; or an error that says what to do."""
+"""Too little memory to decode or encode: in tiles, said once, and nothing left changed; or an error that says why."""
 
 import logging
 from copy import deepcopy
@@ -6,6 +6,8 @@ from copy import deepcopy
 import pytest
 import torch
 from torch.testing import assert_close
+
+from sana_sprint import SanaSprintImg2ImgPipeline
 
 CIRCLE = "a red circle"
 
@@ -26,6 +28,7 @@ def scarce(pipe):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
 
         pipe.vae.decoder.register_forward_pre_hook(refuse)
+        pipe.vae.encoder.register_forward_pre_hook(refuse)
         return inputs
 
     return limit
@@ -69,6 +72,25 @@ def test_too_little_memory_for_a_tile_is_an_error_that_says_what_to_do(pipe, sca
     assert "64x64 pixels" in str(failure.value)
     assert "Tried to allocate 9.00 GiB" in str(failure.value.__cause__)
     assert not pipe.vae.use_tiling
+
+
+def test_an_encode_out_of_memory_is_done_in_tiles_too(pipe, scarce, caplog):
+    image = SanaSprintImg2ImgPipeline.from_pipe(pipe)
+    pictures = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    image.enable_vae_tiling()
+    tiled = image.encode_image(pictures, 128, 128)
+    image.disable_vae_tiling()
+    inputs = scarce(64 * 64)
+    with caplog.at_level(logging.WARNING):
+        assert_close(
+            image.encode_image(pictures, 128, 128), tiled, atol=1e-4, rtol=0
+        )  # one by one, float32, thousands of sums
+    assert inputs[0] == (2, 3, 128, 128)
+    assert not image.vae.use_tiling
+    assert "not enough memory to encode a batch of 2x3x128x128" in caplog.text
+    scarce(16)
+    with pytest.raises(torch.OutOfMemoryError, match="pass the latents as image"):
+        image.encode_image(pictures, 128, 128)
 
 
 def test_enough_memory_decodes_at_once(pipe, scarce, short, caplog):

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from sana_sprint import SCMScheduler
-from sana_sprint.pipelines.clock import CONFIGURABLE_SCHEDULERS, FLOW_SCHEDULERS, clock_for
+from sana_sprint.pipelines.clock import CONFIGURABLE_SCHEDULERS, FLOW_SCHEDULERS, clock_for, last_part
 
 CIRCLE = "a red circle"
 AS_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -80,6 +80,58 @@ def test_a_flow_scheduler_finds_the_data_that_the_velocity_points_to(pipe, name,
         )
     # The paths are straight, so every order is exact but for float32, in which 20 steps are summed up.
     assert_close(clock.result(estimate), data, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "settings"), FLOWS, ids=[name for name, _ in FLOWS])
+@pytest.mark.parametrize("strength", [0.02, 0.33, 0.5, 0.77, 0.99])
+def test_a_flow_scheduler_that_starts_later_finds_the_data_too(pipe, name, settings, strength):
+    torch.manual_seed(0)
+    data = torch.randn(1, 4, 8, 8)
+    clock = clock_for(swapped(pipe, name, **settings).scheduler)
+    clock.set_steps(20, None, None, None, torch.device("cpu"), strength=strength)
+    whole_steps = -(-20 * strength // 1)
+    assert len(clock.timesteps) == (2 * whole_steps - 1 if "Heun" in name else whole_steps)
+    latents = clock.from_picture(data, torch.randn(1, 4, 8, 8))
+    times = []
+
+    def velocity(x, time):
+        times.append(float(time))
+        return (x - data) / time.view(-1, 1, 1, 1)
+
+    for index in range(len(clock.timesteps)):
+        latents, estimate = clock.step(velocity, index, latents, torch.Generator().manual_seed(1))
+    assert_close(clock.result(estimate), data, atol=1e-5, rtol=0)  # as above
+    assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize(("name", "settings"), FLOWS, ids=[name for name, _ in FLOWS])
+def test_a_flow_scheduler_of_strength_0_takes_no_step(pipe, name, settings):
+    clock = clock_for(swapped(pipe, name, **settings).scheduler)
+    clock.set_steps(3, None, None, None, torch.device("cpu"), strength=0.0)
+    assert len(clock.timesteps) == 0
+    data = torch.randn(1, 4, 8, 8)
+    assert_close(clock.result(clock.from_picture(data, torch.randn(1, 4, 8, 8))), data, atol=0, rtol=0)
+
+
+def test_the_last_part_of_a_table_is_interpolated_at_its_start_only():
+    table = torch.tensor([1.5, 1.0, 0.4, 0.0])
+    for share, expected in [
+        (1.0, [1.5, 1.0, 0.4, 0.0]),
+        (5 / 6, [1.25, 1.0, 0.4, 0.0]),
+        (2 / 3, [1.0, 0.4, 0.0]),
+        (0.5, [0.7, 0.4, 0.0]),
+        (1 / 3, [0.4, 0.0]),
+        (1 / 6, [0.2, 0.0]),
+        (0.0, [0.0]),
+    ]:
+        assert_close(last_part(table, share), torch.tensor(expected), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 49])
+def test_shares_that_are_whole_steps_begin_at_the_tables_own_entries_exactly(steps):
+    table = torch.linspace(1.5708, 0, steps + 1)
+    for k in range(steps + 1):
+        assert torch.equal(last_part(table, k / steps), table[steps - k :])
 
 
 def test_euler_steps_are_those_of_the_flow_written_out(pipe, short, seeded):

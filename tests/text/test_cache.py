@@ -12,9 +12,10 @@ from torch.testing import assert_close
 from transformers import BitsAndBytesConfig, Gemma2Config, Gemma2Model, GemmaTokenizer
 from wide_text import wide_text_encoder
 
-from sana_sprint.text.cache import MAX_PREFIXES, TextCache, fingerprint
+from sana_sprint.text.cache import MAX_PREFIXES, Reading, TextCache, fingerprint
 from sana_sprint.text.encoder import encode_prompts
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION
+from sana_sprint.text.prefix import read_behind
 
 LENGTH = 12
 ASTRONAUT = "a tiny astronaut hatching from an egg on the moon"
@@ -469,6 +470,24 @@ def test_what_is_kept_goes_with_the_weights_and_with_the_encoder(tiny_text_encod
     del encoder
     gc.collect()
     assert second() is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("prompts", "lengths", "found"),
+    [([""], (2, 40), 2), ([""], (40,), LENGTH - 1), ([CIRCLE, ASTRONAUT], (2, 40), LENGTH - 1)],
+    ids=["padded", "padded to the end of the row", "several"],
+)
+def test_texts_padded_to_a_length_are_read_alike(prompts, lengths, found, tiny_text_encoder, cache, read):
+    read_lengths = []
+
+    def recorded(text_encoder, prefix, ids, mask):
+        read_lengths.append(ids.shape[1])
+        return read_behind(text_encoder, prefix, ids, mask)
+
+    cache.reading = Reading(recorded, lengths)
+    assert_alike(read(tiny_text_encoder, prompts, cache), read(tiny_text_encoder, prompts))
+    assert read_lengths == [found]
 
 
 def test_a_copy_of_a_cache_is_empty(encoder, counted, cache, read):

@@ -247,3 +247,14 @@ def test_padding_is_dropped_where_every_row_has_it_and_a_mask_of_ones_altogether
 def test_text_that_is_masked_altogether_keeps_its_mask():
     embeds, mask = torch.zeros(1, 3, 1), torch.zeros(1, 3)
     assert drop_padding(embeds, mask) == (embeds, mask)
+
+
+@pytest.mark.parametrize(("length", "padded"), [(1, 4), (4, 4), (5, 6), (6, 6), (7, 7)])
+def test_what_is_left_of_a_text_is_padded_to_the_first_length_that_it_fits_into(length, padded):
+    embeds = torch.ones(2, 9, 3)
+    mask = (torch.arange(9) < torch.tensor([[1], [length]])).long()
+    kept, its_mask = drop_padding(embeds, mask, lengths=(4, 6))
+    assert kept.shape == (2, padded, 3)
+    assert torch.equal(kept[:, :length], embeds[:, :length])
+    assert its_mask.sum(dim=1).tolist() == [1, length]
+    assert its_mask.shape == (2, padded)

@@ -60,6 +60,15 @@ def test_a_scalar_angle_is_one_angle_for_every_sample():
     torch.testing.assert_close(scalar, batch, atol=1e-14, rtol=0)
 
 
+def test_an_angle_on_the_host_serves_latents_elsewhere_and_nothing_is_read_from_there():
+    """On the meta device no value can be read, so a velocity has read none."""
+    seen = []
+    sample = torch.zeros(3, 4, device="meta")
+    velocity = trigflow_velocity(lambda x, time: (seen.append(time), x)[1], sample, torch.tensor(0.9), SIGMA_DATA)
+    assert velocity.device.type == seen[0].device.type == "meta"
+    assert seen[0].shape == (3,)
+
+
 def test_a_bfloat16_network_rounds_its_own_input_and_output_and_nothing_else():
     handed = []
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
@@ -15,6 +15,11 @@ from sana_sprint.layers.norms import RMSNorm
 
 # Keeps a token whose kernel is zero everywhere from dividing by zero (SANA's value).
 LINEAR_ATTENTION_EPS = 1e-15
+
+
+def _by_head(tokens: torch.Tensor) -> torch.Tensor:
+    """(B, N, H, d) to (B, H, N, d) in float32, and in this order in memory, as batched matrix products want it."""
+    return tokens.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -25,9 +30,7 @@ def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """
     dtype = value.dtype
     # The sums over tokens overflow float16 and lose their small terms in bfloat16.
-    query = F.relu(query).float().transpose(1, 2)  # B N H d -> B H N d
-    key = F.relu(key).float().transpose(1, 2)
-    value = value.float().transpose(1, 2)
+    query, key, value = _by_head(F.relu(query)), _by_head(F.relu(key)), _by_head(value)
     if query.shape[2] > query.shape[3]:
         numerator = query @ (key.transpose(2, 3) @ value)
         denominator = query @ key.sum(dim=2).unsqueeze(3)  # B H N 1
@@ -36,6 +39,14 @@ def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         numerator = scores @ value
         denominator = scores.sum(dim=3, keepdim=True)
     return (numerator / (denominator + LINEAR_ATTENTION_EPS)).transpose(1, 2).to(dtype)
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    """Whether it computes the product with its weight and nothing else, and the weight can be read."""
+    if type(projection) is not nn.Linear:  # but one with an adapter, or of a quantising library
+        return False
+    weight = projection.weight
+    return type(weight.data) is torch.Tensor and weight.itemsize > 1 and not weight.is_meta
 
 
 class SanaLinearAttnProcessor:
@@ -122,11 +133,45 @@ class SanaAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim, bias=out_bias), nn.Dropout(dropout)])
         self.processor = SanaCrossAttnProcessor() if self.is_cross_attention else SanaLinearAttnProcessor()
 
+    @property
+    def fusable(self) -> dict[str, nn.Module]:
+        """The projections of the same tokens, by name: across, those to key and value."""
+        names = ("to_k", "to_v") if self.is_cross_attention else ("to_q", "to_k", "to_v")
+        return {name: getattr(self, name) for name in names}
+
+    def check_can_be_fused(self) -> None:
+        """Refuse projections that one product with a copy of their weights would not equal.
+
+        Raises:
+            ValueError: if they are quantised, offloaded layer by layer, or have adapters (LoRA).
+        """
+        for name, projection in self.fusable.items():
+            if not _is_plain(projection):
+                raise ValueError(
+                    f"only plain weights of 16 bits or more can be fused, and {name} is a {type(projection).__name__}"
+                    f" with weights of {projection.weight.dtype} on {projection.weight.device}: load it without"
+                    " quantisation or offloading, or fuse its adapters into the weights and unload them"
+                )
+
+    def fuse_projections(self) -> None:
+        """Compute `fusable` as one product with a copy of their weights; the result is the same.
+
+        As in diffusers, the copy is in the state dict beside the separate weights, and does not follow them: call
+        `unfuse_projections` before they change.
+
+        Raises:
+            ValueError: as `check_can_be_fused`.
+        """
+        self.check_can_be_fused()
+        super().fuse_projections()
+
     def project(
         self, hidden_states: torch.Tensor, context: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query (B, N, H, d) of the tokens, key and value of `context` (None: of the tokens), norms applied."""
         context = hidden_states if context is None else context
+        if self.fused_projections and any(type(projection) is not nn.Linear for projection in self.fusable.values()):
+            raise ValueError("an adapter was added to fused projections and has no effect: unfuse_qkv_projections()")
         if not self.fused_projections:
             query, key, value = self.to_q(hidden_states), self.to_k(context), self.to_v(context)
         elif self.is_cross_attention:
@@ -146,3 +191,18 @@ class SanaAttention(nn.Module, AttentionModuleMixin):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self.processor(self, hidden_states, encoder_hidden_states, attention_mask)
+
+
+class FusingMixin(AttentionMixin):
+    """A network with `SanaAttention`, all of whose projections are fused or none."""
+
+    def fuse_qkv_projections(self) -> None:
+        """`SanaAttention.fuse_projections` everywhere: fewer and larger products, for a copy of their weights.
+
+        Raises:
+            ValueError: before anything is fused, if one of them cannot be.
+        """
+        for module in self.modules():
+            if isinstance(module, SanaAttention):
+                module.check_can_be_fused()
+        super().fuse_qkv_projections()

@@ -3,7 +3,6 @@
 B pictures, C channels, H W latent grid, L text tokens, D width of the text encoder.
 """
 
-import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ from diffusers.image_processor import PixArtImageProcessor
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC as DiffusersAutoencoderDC
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel as DiffusersSanaTransformer2DModel
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
-from diffusers.utils.torch_utils import empty_device_cache, randn_tensor
+from diffusers.utils.torch_utils import randn_tensor
 from transformers import Gemma2PreTrainedModel, GemmaTokenizer
 
 from sana_sprint.autoencoder.model import AutoencoderDC
-from sana_sprint.pipelines.call import Call, Conditioning, Plan
+from sana_sprint.pipelines.call import Call, Conditioning, Known, Plan
 from sana_sprint.pipelines.checks import (
     check_choice,
     check_generator,
@@ -30,27 +29,15 @@ from sana_sprint.pipelines.checks import (
     whole_number,
 )
 from sana_sprint.pipelines.clock import Clock, clock_for
-from sana_sprint.pipelines.images import OUTPUT_TYPES, choose_canvas, fit_to_canvas
+from sana_sprint.pipelines.coding import CodingPipeline
+from sana_sprint.pipelines.images import OUTPUT_TYPES, Canvas, choose_canvas, fit_to_canvas
 from sana_sprint.pipelines.output import SanaPipelineOutput
-from sana_sprint.pipelines.placement import PlacedPipeline
 from sana_sprint.plugin import PublishedPipeline
 from sana_sprint.text.cache import TextCache
 from sana_sprint.text.encoder import check_embeds, check_prompt, encode_prompts, repeat_for_images
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def _in_small_parts(vae: Any) -> Iterator[None]:
-    """Inside, an autoencoder works on one picture at a time and in tiles."""
-    before = vae.use_slicing, vae.use_tiling
-    vae.enable_slicing()
-    vae.enable_tiling()
-    try:
-        yield
-    finally:
-        vae.use_slicing, vae.use_tiling = before
 
 
 @contextmanager
@@ -66,11 +53,11 @@ def _scaled_lora(text_encoder: torch.nn.Module, scale: float | None) -> Iterator
         unscale_lora_layers(text_encoder, scale)
 
 
-class SprintPipeline(PublishedPipeline, PlacedPipeline):
+class SprintPipeline(PublishedPipeline, CodingPipeline):
     """The stages of every SANA-Sprint pipeline.
 
-    A pipeline adds `__call__`, which puts its arguments into a `Call` and hands that to `draw`, and two hooks:
-    `first_latents` and `flow_velocity`.
+    A pipeline adds `__call__`, which puts its arguments into a `Call` and hands that to `draw`. Four hooks do what text
+    to image does, until a pipeline has its own: `known_pictures`, `first_latents`, `flow_velocity` and `finish`.
 
     Args:
         tokenizer: Gemma's.
@@ -82,6 +69,8 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
     Attributes:
         text_cache: What the text encoder has read before, instruction and prompts. None to read everything in each
             call, which gives the same embeddings up to float rounding.
+        text_lengths: Ascending. The network is given text padded to the first of these that it fits into; empty to give
+            it text without padding. `compile_pipeline` sets them.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -92,7 +81,6 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
     _attention_kwargs: dict[str, Any] | None = None
     _num_timesteps = 0
     _interrupt = False
-    _has_told_of_tiling = False
 
     def __init__(
         self,
@@ -110,6 +98,7 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
         self.vae_scale_factor = 32 if vae is None else 2 ** (len(vae.config.encoder_block_out_channels) - 1)
         self.image_processor = PixArtImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.text_cache: TextCache | None = TextCache()
+        self.text_lengths: tuple[int, ...] = ()
 
     @property
     def guidance_scale(self) -> float | None:
@@ -131,29 +120,41 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
         """Whether the current call is to stop. A callback stops it by setting `_interrupt`."""
         return self._interrupt
 
-    def enable_vae_slicing(self) -> None:
-        """Decode the pictures of a batch one by one: less memory."""
-        self.vae.enable_slicing()
+    def known_pictures(self, call: Call, plan: Plan, device: torch.device) -> Known | None:
+        """Hook: what a call starts from, encoded. It runs first, so that the autoencoder is not in memory later."""
+        return None
 
-    def disable_vae_slicing(self) -> None:
-        """Decode a batch at once."""
-        self.vae.disable_slicing()
+    def first_latents(self, call: Call, noise: torch.Tensor, known: Known | None, clock: Clock) -> torch.Tensor:
+        """Hook: noise of unit variance to what the first step starts from (B, C, H, W), in the clock's scale."""
+        return clock.from_noise(noise)
 
-    def enable_vae_tiling(self) -> None:
-        """Decode large pictures in overlapping tiles: less memory, nearly the same picture."""
-        self.vae.enable_tiling()
+    def flow_velocity(
+        self,
+        latents: torch.Tensor,
+        time: torch.Tensor,
+        conditioning: Conditioning,
+        controlnet_block_samples: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Hook: the flow-matching velocity for latents (B, C, H, W) of unit scale at time (B,) in [0, 1].
 
-    def disable_vae_tiling(self) -> None:
-        """Decode pictures in one piece."""
-        self.vae.disable_tiling()
+        Here it is the transformer's, with the residuals of a ControlNet added to its blocks if there are any.
+        """
+        dtype = self.transformer.dtype
+        embeds, mask = conditioning.text
+        return self.transformer(
+            latents.to(dtype),
+            encoder_hidden_states=embeds.to(dtype),
+            encoder_attention_mask=mask,
+            timestep=time,
+            guidance=conditioning.guidance,
+            controlnet_block_samples=controlnet_block_samples,
+            attention_kwargs=self.attention_kwargs,
+            return_dict=False,
+        )[0]
 
-    def first_latents(self, call: Call, plan: Plan, clock: Clock, device: torch.device) -> torch.Tensor:
-        """Hook: the latents (B, C, H, W) that the first step starts from, in float32 and in the clock's scale."""
-        raise NotImplementedError
-
-    def flow_velocity(self, latents: torch.Tensor, time: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Hook: the flow-matching velocity for latents (B, C, H, W) of unit scale at time (B,) in [0, 1]."""
-        raise NotImplementedError
+    def finish(self, images: torch.Tensor, call: Call, plan: Plan, known: Known | None) -> torch.Tensor:
+        """Hook: the last word on the result, which is latents for `output_type="latent"`, else pixels in [0, 1]."""
+        return images
 
     def draw(self, call: Call) -> SanaPipelineOutput | tuple[Any]:
         """Everything that a call does, in order. What can be refused is refused before a network runs."""
@@ -161,13 +162,19 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
         plan = self.check_inputs(call)
         device = self._execution_device
         clock.set_steps(
-            plan.num_inference_steps, call.timesteps, call.max_timesteps, call.intermediate_timesteps, device
+            plan.num_inference_steps,
+            call.timesteps,
+            call.max_timesteps,
+            call.intermediate_timesteps,
+            device,
+            strength=1.0 if call.source is None else call.source.strength,
         )
         self._guidance_scale = call.guidance_scale
         self._attention_kwargs = call.attention_kwargs
         self._num_timesteps = len(clock.timesteps)
         self._interrupt = False
 
+        known = self.known_pictures(call, plan, device)
         embeds, mask = self.encode_prompt(
             call.prompt,
             num_images_per_prompt=plan.images_per_prompt,
@@ -183,13 +190,28 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
             prompt_embeds=embeds,
             prompt_attention_mask=mask,
             guidance=self._scaled_guidance(plan.guidance_scale, embeds),
+            known=known,
+            text_lengths=self.text_lengths,
         )
-        latents = self.first_latents(call, plan, clock, device)
-        latents = self._denoise(call, clock, latents, conditioning)
-        images: Any = latents
-        if call.output_type != "latent":
-            pixels = fit_to_canvas(self._decode(latents), plan.canvas)
-            images = self.image_processor.postprocess(pixels, output_type=call.output_type)
+        channels, canvas = self.transformer.config.in_channels, plan.canvas
+        # Float32 whatever the networks compute in: same seed, same noise.
+        noise = self.prepare_latents(
+            plan.batch_size,
+            channels,
+            canvas.height,
+            canvas.width,
+            torch.float32,
+            device,
+            call.generator,
+            call.latents,
+        )
+        latents = self._denoise(call, clock, self.first_latents(call, noise, known, clock), conditioning)
+        if call.output_type == "latent":
+            images = self.finish(latents, call, plan, known)
+        else:
+            pixels = self.image_processor.denormalize(fit_to_canvas(self._decode(latents), canvas))
+            pixels = self.finish(pixels, call, plan, known)
+            images = self.image_processor.postprocess(pixels, call.output_type, do_denormalize=[False] * len(pixels))
         self.maybe_free_model_hooks()
         return SanaPipelineOutput(images=images) if call.return_dict else (images,)
 
@@ -211,15 +233,8 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
         check_names("callback_on_step_end_tensor_inputs", call.callback_tensors, self._callback_tensor_inputs)
         if self.vae is None and call.output_type != "latent":
             raise ValueError(f"a pipeline without vae can only give output_type='latent', got {call.output_type!r}")
-        config = self.transformer.config
         plan = Plan(
-            canvas=choose_canvas(
-                call.height,
-                call.width,
-                native_size=config.sample_size * self.vae_scale_factor,
-                multiple=config.patch_size * self.vae_scale_factor,
-                use_bins=call.use_resolution_binning,
-            ),
+            canvas=self._choose_canvas(call.height, call.width, call.use_resolution_binning),
             num_inference_steps=steps,
             images_per_prompt=images_per_prompt,
             batch_size=num_prompts * images_per_prompt,
@@ -227,9 +242,22 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
         )
         check_generator(call.generator, plan.batch_size)
         if call.latents is not None:
-            height, width = plan.canvas.height, plan.canvas.width
-            check_latents(call.latents, self._latents_shape(plan.batch_size, config.in_channels, height, width))
+            check_latents("latents", call.latents, self._latents_shape(plan.batch_size, plan.canvas))
         return plan
+
+    def _choose_canvas(self, height: Any, width: Any, use_resolution_binning: bool) -> Canvas:
+        config, factor = self.transformer.config, self.vae_scale_factor
+        return choose_canvas(
+            height,
+            width,
+            native_size=config.sample_size * factor,
+            multiple=config.patch_size * factor,
+            use_bins=use_resolution_binning,
+        )
+
+    def _latents_shape(self, count: int, canvas: Canvas) -> tuple[int, int, int, int]:
+        factor = self.vae_scale_factor
+        return (count, self.transformer.config.in_channels, canvas.height // factor, canvas.width // factor)
 
     def _check_text(self, call: Call) -> int:
         """The number of prompts of a call."""
@@ -326,9 +354,6 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
         guidance = torch.full((len(prompt_embeds),), guidance_scale, dtype=torch.float32, device=prompt_embeds.device)
         return guidance.to(prompt_embeds.dtype) * config.guidance_embeds_scale
 
-    def _latents_shape(self, batch_size: int, channels: int, height: int, width: int) -> tuple[int, int, int, int]:
-        return (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
-
     def prepare_latents(
         self,
         batch_size: int,
@@ -345,11 +370,12 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
         Raises:
             ValueError: if there are not as many generators as pictures, or the latents have another shape.
         """
-        shape = self._latents_shape(batch_size, num_channels_latents, height, width)
+        factor = self.vae_scale_factor
+        shape = (batch_size, num_channels_latents, height // factor, width // factor)
         check_generator(generator, batch_size)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        check_latents(latents, shape)
+        check_latents("latents", latents, shape)
         return latents.to(device=device, dtype=dtype)
 
     def _denoise(self, call: Call, clock: Clock, latents: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -378,7 +404,7 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
         self, call: Call, index: int, timestep: torch.Tensor, latents: torch.Tensor, conditioning: Conditioning
     ) -> tuple[torch.Tensor, Conditioning]:
         """Show the caller what was asked for after a step; returns latents and conditioning to go on with."""
-        tensors = {
+        tensors: dict[str, Any] = {
             "latents": latents,
             "prompt_embeds": conditioning.prompt_embeds,
             "prompt_attention_mask": conditioning.prompt_attention_mask,
@@ -391,34 +417,3 @@ class SprintPipeline(PublishedPipeline, PlacedPipeline):
         if tensors.keys() & (shown.keys() | returned.keys()):
             conditioning = replace(conditioning, **tensors)
         return latents, conditioning
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents to pixels (B, 3, height, width) in [-1, 1].
-
-        Raises:
-            torch.OutOfMemoryError: if there is not enough memory even for one tile of one picture.
-        """
-        latents = latents.to(self.device_of("vae"), self.vae.dtype) / self.vae.config.scaling_factor
-        try:
-            return self.vae.decode(latents, return_dict=False)[0]
-        except torch.OutOfMemoryError:
-            pass  # and on: the exception, while it is handled, keeps alive what filled the memory
-        gc.collect()
-        empty_device_cache()
-        if not self._has_told_of_tiling:
-            self._has_told_of_tiling = True
-            logger.warning(
-                "not enough memory to decode %s latents at once: they are decoded one by one and in tiles;"
-                " enable_vae_slicing() and enable_vae_tiling() do so from the start",
-                "x".join(map(str, latents.shape)),
-            )
-        with _in_small_parts(self.vae):
-            try:
-                return self.vae.decode(latents, return_dict=False)[0]
-            except torch.OutOfMemoryError as error:
-                raise torch.OutOfMemoryError(
-                    f"not enough memory to decode even one tile of {self.vae.tile_sample_min_height}x"
-                    f"{self.vae.tile_sample_min_width} pixels: take smaller ones (vae.enable_tiling("
-                    "tile_sample_min_height=256, tile_sample_min_width=256)), free memory with"
-                    " enable_model_cpu_offload(), or draw with output_type='latent' and decode elsewhere"
-                ) from error

@@ -12,6 +12,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from sana_sprint.pipelines.images import Canvas
+from sana_sprint.pipelines.pictures import Source
 from sana_sprint.text.encoder import drop_padding
 
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
@@ -43,6 +44,7 @@ class Call:
     callback_on_step_end_tensor_inputs: Sequence[str] | None
     max_sequence_length: int
     complex_human_instruction: Sequence[str] | None
+    source: Source | None = None  # for pipelines that start from a picture, and only for those
 
     @property
     def callback_tensors(self) -> tuple[str, ...]:
@@ -62,6 +64,30 @@ class Plan:
     batch_size: int  # B
     guidance_scale: float
 
+    def rows(self, name: str, count: int) -> list[int]:
+        """For each of the B pictures, which one of `count` things that were given under a name belongs to it.
+
+        Raises:
+            ValueError: unless one was given for all, one for each prompt, or one for each picture.
+        """
+        prompts = self.batch_size // self.images_per_prompt
+        if count == prompts:
+            return [picture // self.images_per_prompt for picture in range(self.batch_size)]
+        if count not in (1, self.batch_size):
+            raise ValueError(
+                f"{name} must be one, or one for each of the {prompts} prompts, or one for each of the"
+                f" {self.batch_size} pictures to draw, got {count}"
+            )
+        return [0] * self.batch_size if count == 1 else list(range(self.batch_size))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Known:
+    """The pictures that a call starts from, as the autoencoder encoded them."""
+
+    latents: torch.Tensor  # B C H W, of unit variance, in float32
+    redrawn: torch.Tensor  # B 1 H W, or for all cells 1 1 1 1: in [0, 1], how much of a cell is not kept
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conditioning:
@@ -70,8 +96,10 @@ class Conditioning:
     prompt_embeds: torch.Tensor  # B L D
     prompt_attention_mask: torch.Tensor  # B L
     guidance: torch.Tensor | None  # B, already scaled; None for a network that takes none
+    known: Known | None = None
+    text_lengths: tuple[int, ...] = ()  # that the text is padded to, once its own padding is dropped
 
     @cached_property
     def text(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings and mask without padding, which most of L is; no mask for texts of one length."""
-        return drop_padding(self.prompt_embeds, self.prompt_attention_mask)
+        """Embeddings and mask without padding, which most of L is; see `drop_padding`."""
+        return drop_padding(self.prompt_embeds, self.prompt_attention_mask, self.text_lengths)

@@ -56,10 +56,10 @@ def check_generator(generator: Any, batch_size: int) -> None:
         )
 
 
-def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+def check_latents(name: str, latents: Any, shape: tuple[int, ...]) -> None:
     """Refuses what is no tensor of the shape that the pictures asked for have."""
     found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
     if found != shape:
         raise ValueError(
-            f"latents must be a tensor (pictures, channels, latent height, latent width) of shape {shape}, got {found}"
+            f"{name} must be a tensor (pictures, channels, latent height, latent width) of shape {shape}, got {found}"
         )

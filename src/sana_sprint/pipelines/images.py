@@ -70,6 +70,24 @@ def choose_canvas(height: Any, width: Any, *, native_size: int, multiple: int, u
     return Canvas(height=drawn_height, width=drawn_width, asked_height=height, asked_width=width)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A rectangle of a canvas."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def seen_part(canvas: Canvas) -> Part:
+    """What of the size drawn is still seen in the size asked for."""
+    scale = max(canvas.asked_height / canvas.height, canvas.asked_width / canvas.width)
+    height = min(canvas.height, max(1, round(canvas.asked_height / scale)))
+    width = min(canvas.width, max(1, round(canvas.asked_width / scale)))
+    return Part(top=(canvas.height - height) // 2, left=(canvas.width - width) // 2, height=height, width=width)
+
+
 def fit_to_canvas(pictures: torch.Tensor, canvas: Canvas) -> torch.Tensor:
     """Pictures (B, C, H, W) resized to cover the size asked for, and cropped to it around the middle."""
     height, width = pictures.shape[-2:]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import add_hook_to_module
+from accelerate.hooks import CpuOffload, add_hook_to_module
 from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from torch import nn
@@ -62,6 +62,14 @@ class PlacedPipeline(DiffusionPipeline):
         for name, network in pipe._networks().items():
             move(name, network, devices[name])
         pipe.hf_device_map = {name: str(device) for name, device in devices.items()}
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """diffusers' own; networks that are offloaded as a whole stay so."""
+        pipe = super().from_pipe(pipeline, **kwargs)
+        if getattr(pipeline, "_all_hooks", None):
+            pipe.enable_model_cpu_offload(device=pipeline._offload_device)
         return pipe
 
     @classmethod
@@ -132,6 +140,13 @@ class PlacedPipeline(DiffusionPipeline):
     def _check_may_move(self, device: Any) -> None:
         for name, network in self._networks().items():
             check_may_move(name, network, device)
+
+    def put_away(self, name: str) -> None:
+        """Move a network that is offloaded as a whole back to where it waits, before its turn is over."""
+        network = getattr(self, name)
+        offload = getattr(network, "_hf_hook", None)
+        if isinstance(offload, CpuOffload):
+            offload.init_hook(network)
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Keep the networks on the CPU, and move each as a whole to a device when it runs, as diffusers does.

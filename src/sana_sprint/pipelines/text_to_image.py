@@ -10,8 +10,8 @@ import torch
 from diffusers.loaders import SanaLoraLoaderMixin
 
 from sana_sprint.pipelines.base import SprintPipeline
-from sana_sprint.pipelines.call import Call, Conditioning, Plan, StepCallback
-from sana_sprint.pipelines.clock import DEFAULT_STEPS, Clock
+from sana_sprint.pipelines.call import Call, StepCallback
+from sana_sprint.pipelines.clock import DEFAULT_STEPS
 from sana_sprint.pipelines.output import SanaPipelineOutput
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana_sprint.trigflow.scheduler import INTERMEDIATE_TIMESTEPS, MAX_TIMESTEPS
@@ -36,36 +36,6 @@ class SanaSprintPipeline(SprintPipeline, SanaLoraLoaderMixin):
             (FlowMatchEulerDiscreteScheduler and the like) runs the network as the flow model that it also is; it takes
             more steps.
     """
-
-    def first_latents(self, call: Call, plan: Plan, clock: Clock, device: torch.device) -> torch.Tensor:
-        """Noise, or what the caller gave for it."""
-        channels, canvas = self.transformer.config.in_channels, plan.canvas
-        # Float32 whatever the networks compute in: same seed, same noise.
-        noise = self.prepare_latents(
-            plan.batch_size,
-            channels,
-            canvas.height,
-            canvas.width,
-            torch.float32,
-            device,
-            call.generator,
-            call.latents,
-        )
-        return clock.from_noise(noise)
-
-    def flow_velocity(self, latents: torch.Tensor, time: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The transformer's."""
-        dtype = self.transformer.dtype
-        embeds, mask = conditioning.text
-        return self.transformer(
-            latents.to(dtype),
-            encoder_hidden_states=embeds.to(dtype),
-            encoder_attention_mask=mask,
-            timestep=time,
-            guidance=conditioning.guidance,
-            attention_kwargs=self.attention_kwargs,
-            return_dict=False,
-        )[0]
 
     @torch.no_grad()
     def __call__(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Model, PreTrainedModel
 
-from sana_sprint.text.prefix import Prefix, read_prefix
+from sana_sprint.text.prefix import Prefix, Reader, read_behind, read_prefix
 
 Value = TypeVar("Value")
 
@@ -48,6 +48,19 @@ class Kept:
     def prefix(self, text_encoder: PreTrainedModel, ids: torch.Tensor) -> Prefix:
         """That of tokens (1, P), read if it is not there."""
         return self.prefixes.get(tuple(ids[0].tolist()), lambda: _prefix_to_keep(text_encoder, ids))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts behind an instruction are read.
+
+    Attributes:
+        read_behind: the function of that name, or what a compiler has made of it. Its results are copied.
+        lengths: ascending; texts are padded to the first of these that they fit into.
+    """
+
+    read_behind: Reader = read_behind
+    lengths: tuple[int, ...] = ()
 
 
 def _prefix_to_keep(text_encoder: PreTrainedModel, ids: torch.Tensor) -> Prefix:
@@ -138,10 +151,14 @@ class TextCache:
 
     Args:
         max_prompts: How many calls' prompts are kept; 0 for none.
+
+    Attributes:
+        reading: How texts are read that are not kept.
     """
 
     def __init__(self, max_prompts: int = 16) -> None:
         self.max_prompts = max_prompts
+        self.reading = Reading()
         self._kept: WeakKeyDictionary[PreTrainedModel, Kept] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type["TextCache"], tuple[int]]:

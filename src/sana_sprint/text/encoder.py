@@ -8,13 +8,14 @@ from numbers import Integral
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sana_sprint.text.cache import Kept, TextCache
+from sana_sprint.text.cache import Kept, Reading, TextCache
 from sana_sprint.text.cleaning import normalise
 from sana_sprint.text.instruction import instruction_prefix
-from sana_sprint.text.prefix import read_behind, shared_length
-from sana_sprint.text.tokens import Tokens, tokenize
+from sana_sprint.text.prefix import shared_length
+from sana_sprint.text.tokens import Tokens, padded_length, tokenize
 
 
 class PromptEmbeddings(NamedTuple):
@@ -82,14 +83,20 @@ def repeat_for_images(
 
 
 def drop_padding(
-    prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor
+    prompt_embeds: torch.Tensor, prompt_attention_mask: torch.Tensor, lengths: Sequence[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same text without the columns that are padding in every row; no mask at all where none is left.
 
     What attends to it gives the same result: a masked token has no weight. Reads the mask on the host.
 
+    Args:
+        prompt_embeds, prompt_attention_mask: (B, L, C) and (B, L).
+        lengths: Ascending. What is left is padded to the first of these that it fits into, and keeps its mask: compiled
+            networks then meet few shapes.
+
     Returns:
-        (B, K, C) and (B, K) for the K <= L columns that any row uses, or None for a mask of ones.
+        (B, K, C) and (B, K) for the columns that any row uses, K of them before they are padded; without `lengths` None
+        for a mask of ones.
     """
     is_text = prompt_attention_mask.to("cpu") > 0
     used = is_text.any(dim=0)
@@ -98,6 +105,9 @@ def drop_padding(
     if not used.all():
         columns = used.nonzero().flatten().to(prompt_embeds.device)
         prompt_embeds, prompt_attention_mask = prompt_embeds[:, columns], prompt_attention_mask[:, columns]
+    if lengths:
+        missing = padded_length(prompt_embeds.shape[1], lengths) - prompt_embeds.shape[1]
+        return F.pad(prompt_embeds, (0, 0, 0, missing)), F.pad(prompt_attention_mask, (0, missing))
     return prompt_embeds, None if is_text[:, used].all() else prompt_attention_mask
 
 
@@ -108,17 +118,21 @@ def _read_whole(text_encoder: PreTrainedModel, tokens: Tokens, device: torch.dev
     return tokens.select(states.to(device))
 
 
-def _read_new(text_encoder: PreTrainedModel, tokens: Tokens, device: torch.device, kept: Kept) -> torch.Tensor:
-    """The same (B, K, C) for the K <= L columns that are text in any row, zero where they are padding.
+def _read_new(
+    text_encoder: PreTrainedModel, tokens: Tokens, device: torch.device, kept: Kept, reading: Reading
+) -> torch.Tensor:
+    """The same (B, K, C) for the first K <= L columns, of which the others are padding in every row; zero for padding.
 
     Read is only what an instruction that is kept does not begin with.
     """
     rows = tokens.rows()
     shared, longest = shared_length(tokens.instruction, rows), max(map(len, rows))
+    if shared:
+        longest = shared + padded_length(longest - shared, reading.lengths)  # or to where the row ends
     ids, mask = tokens.ids[:, shared:longest].to(device), tokens.mask[:, shared:longest].to(device)
     if shared:
         prefix = kept.prefix(text_encoder, tokens.ids[:1, :shared].to(device))
-        states = read_behind(text_encoder, prefix, ids, mask).to(device)
+        states = reading.read_behind(text_encoder, prefix, ids, mask).to(device)
         first = prefix.states[:, :1].to(device).expand(len(ids), -1, -1)
     else:
         states = text_encoder(ids, attention_mask=mask, use_cache=False)[0].to(device)
@@ -168,10 +182,11 @@ def encode_prompts(
     tokens = tokenize(tokenizer, instruction_prefix(instruction), texts, max_sequence_length)
     mask = tokens.select(tokens.mask).to(device)
     kept = None if cache is None else cache.kept(text_encoder, device)
-    if kept is None:
+    if cache is None or kept is None:
         embeds = _read_whole(text_encoder, tokens, device).to(dtype)
     else:
-        states = kept.prompts.get(tokens.key(), lambda: _read_new(text_encoder, tokens, device, kept))
+        reading = cache.reading
+        states = kept.prompts.get(tokens.key(), lambda: _read_new(text_encoder, tokens, device, kept, reading))
         # Never the tensor that is kept: callers may edit theirs.
         embeds = torch.zeros(*mask.shape, states.shape[-1], device=device, dtype=dtype)
         embeds[:, : states.shape[1]] = states

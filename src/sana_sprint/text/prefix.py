@@ -3,7 +3,7 @@
 B texts, P tokens that all begin with, K tokens behind them, C width of the text encoder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -16,6 +16,10 @@ class Prefix(NamedTuple):
 
     states: torch.Tensor  # 1 P C, the last ones
     keys_and_values: DynamicCache  # of one text
+
+
+# Text encoder, prefix, tokens and mask (B, K) to the last states (B, K, C): `read_behind`.
+Reader = Callable[[PreTrainedModel, Prefix, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class _BehindPrefix(Cache):

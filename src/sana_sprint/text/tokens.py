@@ -3,11 +3,16 @@
 B prompts, N tokens of a row, L of them kept.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+
+def padded_length(length: int, lengths: Sequence[int]) -> int:
+    """The first of ascending `lengths` that a text of this length fits into; the length itself beyond them all."""
+    return next((enough for enough in lengths if enough >= length), length)
 
 
 class Tokens(NamedTuple):

@@ -43,7 +43,8 @@ def trigflow_velocity(
     Args:
         network: Called once, with latents in the sample's shape and one time for each sample.
         sample: Noisy latents (B, ...) with standard deviation `sigma_data`.
-        angle: A scalar or (B,), in radians, on the device where the network wants its time.
+        angle: In radians: (B,) on the device of the sample, or a scalar there or on the CPU, whose cosine and sine are
+            then computed there.
         sigma_data: Standard deviation of the clean latents.
 
     Returns:
@@ -54,5 +55,8 @@ def trigflow_velocity(
     """
     x = widened(sample) / sigma_data
     c, s = cosine_and_sine(angle, x)
-    v = network(x / (c + s), flow_time(angle).to(x.dtype).expand(x.shape[0]))
+    time = flow_time(angle).to(x.dtype)
+    if time.device != x.device:
+        time = x.new_full((), time.item())  # and not copied to the device, which would wait for its work
+    v = network(x / (c + s), time.expand(x.shape[0]))
     return sigma_data * (((c - s) * x + v.to(x.dtype)) / (c + s))
