@@ -152,6 +152,37 @@ def test_custom_angles_in_any_form_need_nothing_else(form):
     assert scheduler.timesteps.tolist() == angles
 
 
+def with_own_timetable(angles):
+    return SCMScheduler.from_config({**SCMScheduler().config, "_timesteps": {"2": angles}})
+
+
+def test_a_configs_own_timetable_is_the_default_for_its_number_of_steps():
+    scheduler = with_own_timetable([1.5, 1.0, 0.0])
+    for options, angles in [
+        ({"num_inference_steps": 2}, [1.5, 1.0, 0.0]),
+        ({"num_inference_steps": 1}, [1.5708, 0.0]),
+        ({"num_inference_steps": 2, "intermediate_timesteps": 1.3}, [1.5708, 1.3, 0.0]),
+        ({"num_inference_steps": 2, "intermediate_timesteps": None}, [1.5708, 0.7854, 0.0]),
+        ({"timesteps": [1.2, 0.3, 0.0]}, [1.2, 0.3, 0.0]),
+    ]:
+        scheduler.set_timesteps(**options)
+        torch.testing.assert_close(scheduler.timesteps, torch.tensor(angles))
+
+
+def test_a_configs_own_timetable_survives_saving_by_either_library(tmp_path):
+    with_own_timetable([1.5, 1.0, 0.0]).save_pretrained(tmp_path / "ours")
+    diffusers.SCMScheduler.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    scheduler = SCMScheduler.from_pretrained(tmp_path / "theirs")
+    scheduler.set_timesteps(2)
+    assert scheduler.timesteps.tolist() == [1.5, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("angles", [[1.5, 0.0], [1.0, 1.5, 0.0]])
+def test_a_configs_own_timetable_that_is_none_is_refused(angles):
+    with pytest.raises(ValueError, match=r"_timesteps in the scheduler's config|must descend"):
+        with_own_timetable(angles).set_timesteps(2)
+
+
 def test_custom_angles_are_copied():
     angles = torch.tensor([1.5, 0.5, 0.0])
     scheduler = SCMScheduler()

@@ -131,6 +131,9 @@ class SCMSchedulerOutput(BaseOutput):
 class SCMScheduler(SchedulerMixin, ConfigMixin):
     """The sampler of continuous-time consistency models: predict the clean latents, add noise for the next angle.
 
+    A config may hold `_timesteps` beside its arguments: timetables by number of steps, {"2": [1.5708, 1.1, 0.0]}. A run
+    of so many steps follows it unless an angle is asked for. diffusers' class passes the entry on and does not use it.
+
     Args:
         num_train_timesteps: The largest number of steps, and the length of the scheduler.
         prediction_type: "trigflow", the only one there is.
@@ -201,15 +204,18 @@ class SCMScheduler(SchedulerMixin, ConfigMixin):
             intermediate_timesteps: The angle in radians between two steps, for a run of two. None spaces the angles
                 evenly, for any number of steps.
 
-        Left alone, the last two do not get in the way: every number of steps has a timetable (see `timetable`), and
-        `timesteps` needs nothing else.
+        Left alone, the last two do not get in the way: every number of steps has a timetable (the config's own or that
+        of the function `timetable`), and `timesteps` needs nothing else.
 
         Raises:
             ValueError: if a value is out of its range, or two of them contradict each other.
         """
         most = self.config["num_train_timesteps"]
         if timesteps is None:
-            angles = timetable(step_count(num_inference_steps, most), max_timesteps, intermediate_timesteps)
+            steps = step_count(num_inference_steps, most)
+            own = self._own_timetable(steps)
+            asked_for = {type(max_timesteps), type(intermediate_timesteps)} != {PublishedDefault}
+            angles = timetable(steps, max_timesteps, intermediate_timesteps) if own is None or asked_for else own
         else:
             for name, value in [("max_timesteps", max_timesteps), ("intermediate_timesteps", intermediate_timesteps)]:
                 if value is not None and not isinstance(value, PublishedDefault):
@@ -228,6 +234,17 @@ class SCMScheduler(SchedulerMixin, ConfigMixin):
         self._timesteps, self._host_angles = angles.to(device), angles
         self._step_index = None
         self._begin_index = None
+
+    def _own_timetable(self, steps: int) -> torch.Tensor | None:
+        """The config's angles for a number of steps; ValueError if they are no timetable of so many."""
+        angles = self.config.get("_timesteps", {}).get(str(steps))
+        if angles is None:
+            return None
+        if len(angles) != steps + 1:
+            raise ValueError(
+                f"_timesteps in the scheduler's config must hold {steps + 1} angles for {steps} steps, got {angles}"
+            )
+        return custom_angles(angles)
 
     def index_for_timestep(self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
         """The index of an angle in `schedule_timesteps`, by default the scheduler's own.
