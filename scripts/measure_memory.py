@@ -16,37 +16,21 @@ has read.
 import argparse
 import ctypes
 import json
-import platform
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+CPU = torch.device("cpu")
 RULES = ("here", "diffusers")
 BITS = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}}
 TILES = ((512, 448), (512, 384), (1024, 896), (1024, 768))
-
-
-def fill(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights of a variance that keeps signals in range; norms are one, biases and tables small."""
-    noise = torch.randn(2**24 - 3, generator=torch.Generator().manual_seed(seed))  # odd: no two tensors are equal
-    for name, parameter in module.named_parameters():
-        flat = parameter.data.view(-1)
-        if parameter.ndim < 2:
-            flat.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.02)
-            continue
-        scale = parameter[0].numel() ** -0.5
-        for start in range(0, flat.numel(), noise.numel()):
-            part = flat[start : start + noise.numel()]
-            part.copy_(noise[: part.numel()] * scale)
-    return module
 
 
 def status(entry: str) -> int:
@@ -97,6 +81,7 @@ def write_weights(folder: Path, text_layers: int | None) -> None:
     from transformers import Gemma2Config, Gemma2Model
 
     from sana_sprint import AutoencoderDC, SanaTransformer2DModel, SCMScheduler, embedded_checkpoint
+    from sana_sprint.bench.twins import fill
     from sana_sprint.memory.configs import PUBLISHED, read_configs
 
     configs = read_configs(next(iter(PUBLISHED)))
@@ -108,8 +93,9 @@ def write_weights(folder: Path, text_layers: int | None) -> None:
     }
     for name, make in makers.items():
         with init_empty_weights():
-            model = make().to(torch.bfloat16)
-        fill(model.to_empty(device="cpu")).save_pretrained(folder / name)  # type: ignore[operator]
+            model = make()
+        fill(model, torch.bfloat16, CPU, seed=0)
+        model.save_pretrained(folder / name)
     shutil.copytree(embedded_checkpoint() / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     SCMScheduler().save_pretrained(folder / "scheduler")
     index = json.loads((embedded_checkpoint() / "model_index.json").read_text())
@@ -248,12 +234,14 @@ def measure_quantising(folder: Path) -> dict[str, Any]:
 def measure_tiling() -> dict[str, Any]:
     """Error of tiles against the whole picture, in float32, for an autoencoder of a quarter of the published widths."""
     from sana_sprint import AutoencoderDC
+    from sana_sprint.bench.twins import fill
     from sana_sprint.memory.configs import PUBLISHED, read_configs
 
     widths = (32, 64, 128, 128, 256, 256)
     config = read_configs(next(iter(PUBLISHED))).vae
     vae = AutoencoderDC.from_config(config, encoder_block_out_channels=widths, decoder_block_out_channels=widths)
-    fill(vae).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fill(vae, torch.float32, CPU, seed=0)
+    vae.eval().to(memory_format=torch.channels_last)
     results: dict[str, Any] = {}
     for size in (1024, 2048, 4096):
         latents = torch.randn(1, 32, size // 32, size // 32, generator=torch.Generator().manual_seed(2))
@@ -266,13 +254,6 @@ def measure_tiling() -> dict[str, Any]:
                 results[f"{size}, tiles of {tile} every {stride}"] = round(error.item(), 4)
                 print(json.dumps(results), flush=True)
     return results
-
-
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")}
-    return {"processor": next(names, platform.machine()), "threads": torch.get_num_threads(), **versions}
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -307,9 +288,12 @@ def main() -> None:
     result = known[options.what]()
     print(json.dumps(result))
     if result is not None and not options.what.startswith("one-"):
+        # Late, for the processes that are measured shall hold nothing that they do not use.
+        from sana_sprint.bench.machine import describe
+
         name = f"{options.what} {options.size}" if options.what in ("decoding", "drawing") else options.what
         document = json.loads(options.output.read_text()) if options.output.exists() else {}
-        document[name] = {"machine": machine(), "result": result}
+        document[name] = {"machine": describe(CPU), "result": result}
         options.output.write_text(json.dumps(document, indent=2) + "\n")
 
 

@@ -13,7 +13,7 @@ def test_a_description_says_what_numbers_depend_on():
     assert found["name"]
     assert found["threads"] == torch.get_num_threads()
     assert found["torch"] == torch.__version__
-    assert {"device", "sana_sprint", "diffusers", "transformers", "python", "system"} <= found.keys()
+    assert {"device", "sana_sprint", "diffusers", "transformers", "bitsandbytes", "python", "system"} <= found.keys()
 
 
 def test_the_processor_is_what_the_system_calls_it(monkeypatch, tmp_path):

@@ -33,7 +33,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "sana_sprint": __version__,
-        **{package: version(package) for package in ("torch", "diffusers", "transformers")},
+        **{package: version(package) for package in ("torch", "diffusers", "transformers", "bitsandbytes")},
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from sana_sprint.bench.measure import Side
 from sana_sprint.bench.rows import Row, readable_seconds
 from sana_sprint.bench.spread import Spread, ratios, spread
+from sana_sprint.evaluation.plots import check_plotting
 from sana_sprint.evaluation.tables import aligned
 from sana_sprint.files import write_whole
 from sana_sprint.sizes import readable_bytes
@@ -141,14 +142,6 @@ def _side_document(side: Side | None, peak: float) -> dict[str, Any] | None:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def check_plotting() -> None:
-    """Raises ImportError, with what to do, if `plot` could not draw here."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'sana-sprint[train]'") from error
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sana_sprint.evaluation.tables import aligned
 from sana_sprint.sizes import readable_bytes
 
 if TYPE_CHECKING:
@@ -17,19 +18,27 @@ def starting_config(recipe: Any) -> tuple[dict[str, Any], str]:
     That of the folder that is named; where it names none, that of the published model of the size.
     """
     from sana_sprint.memory.configs import PUBLISHED
+    from sana_sprint.training.fine_tuning import LoraRecipe
     from sana_sprint.training.origin import Origin
-    from sana_sprint.training.recipes.shapes import ShapesRecipe
+    from sana_sprint.training.recipes import shapes
+    from sana_sprint.training.recipes.shapes_control import ShapesControlRecipe
     from sana_sprint.training.teacher import TeacherRecipe
 
-    if isinstance(recipe, ShapesRecipe):
+    if isinstance(recipe, shapes.ShapesRecipe):
         return {}, "the recipe"
-    name = recipe.start if isinstance(recipe, TeacherRecipe) else recipe.teacher
+    is_distilled = isinstance(recipe, LoraRecipe)
+    if is_distilled:
+        name = recipe.model
+    else:
+        name = recipe.start if isinstance(recipe, TeacherRecipe) else recipe.teacher
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Origin.in_folder(folder).config(), str(folder)
+    if isinstance(recipe, ShapesControlRecipe):
+        return shapes.RECIPE.flow.config, f"the recipe shapes, for {name} is no folder here"
     return {
         **PUBLISHED[recipe.published],
-        "guidance_embeds": False,
+        "guidance_embeds": is_distilled,
     }, f"{recipe.published}, for {name} is no folder here"
 
 
@@ -39,11 +48,7 @@ def table(found: "Footprint") -> list[str]:
     for name, network in found.networks.items():
         parts = (network.weights, network.gradients, network.moments, network.average)
         rows.append((name, f"{network.parameters:,}", *(readable_bytes(part) if part else "-" for part in parts)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(row))
-        for row in ([*zip(cells, widths, strict=True)] for cells in rows)
-    ]
+    return aligned(rows)
 
 
 def report(recipe: Any) -> list[str]:

@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
     """Draws held-out captions with one timetable after the other, and prints how each did and which are best."""
     held_out.fill_in(options, **held_out.DEFAULTS, num_captions=_NUM_CAPTIONS)
     with screen.quiet_libraries():
-        from sana_sprint.evaluation.timesteps import check_plotting, plot_search, search_timesteps
+        from sana_sprint.evaluation.plots import check_plotting
+        from sana_sprint.evaluation.timesteps import plot_search, search_timesteps
         from sana_sprint.files import write_whole
         from sana_sprint.shapes.judge import score
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sana_sprint.evaluation.plots import check_plotting
 from sana_sprint.files import write_whole
 
 # A timetable (descending, from the first angle down to 0) to named scores of what is drawn with it.
@@ -110,14 +111,6 @@ def _try(angles: tuple[float, ...], score: ScoreTimetable, decided_by: str) -> T
     if not math.isfinite(scores.get(decided_by, math.nan)):
         raise ValueError(f"the score {decided_by!r} of {list(angles)} must be a finite number, got {scores}")
     return Trial(angles, scores)
-
-
-def check_plotting() -> None:
-    """Raises ImportError, with what to do, if `plot_search` could not draw here."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'sana-sprint[train]'") from error
 
 
 def plot_search(search: TimestepSearch, path: Path) -> None:
