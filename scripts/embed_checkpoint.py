@@ -1,8 +1,10 @@
-"""A trained checkpoint and its scores to the folder that is installed with the package.
+"""A trained checkpoint, its scores and its best timetables to the folder that is installed with the package.
 
 sana-sprint train shapes --output runs/shapes
-sana-sprint evaluate --model runs/shapes/checkpoint --json > runs/shapes/scores.json
-python scripts/embed_checkpoint.py runs/shapes/checkpoint runs/shapes/scores.json
+sana-sprint search-timesteps --model runs/shapes/checkpoint --output runs/shapes/search
+python scripts/embed_checkpoint.py runs/shapes/checkpoint --timesteps runs/shapes/search/timesteps.json
+sana-sprint evaluate --steps 1 2 4 --frechet --json > runs/shapes/scores.json
+python scripts/embed_checkpoint.py --scores runs/shapes/scores.json
 """
 
 import argparse
@@ -10,68 +12,109 @@ import json
 import shutil
 import textwrap
 from pathlib import Path
+from typing import Any
 
 DESTINATION = Path(__file__).parent.parent / "src" / "sana_sprint" / "assets" / "shapes-base"
+SCHEDULER = DESTINATION / "scheduler" / "scheduler_config.json"
 
 
-def score_table(evaluation: dict) -> str:
-    """The scores as a Markdown table of one row."""
-    scores = evaluation["scores"]
-    titles = " | ".join(name.replace("_", " ") for name in scores)
-    values = " | ".join(f"{value:.3f}" for value in scores.values())
-    return f"| {titles} |\n|{' --- |' * len(scores)}\n| {values} |"
+def table(rows: list[list[str]]) -> str:
+    """Markdown, the first row its head."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
 
-def flow_steps(record: dict) -> list[int]:
-    """Steps of the flow stage, of the checkpoints that training began from and then of this one."""
+def score_table(evaluation: dict[str, Any], timetables: dict[str, list[float]]) -> str:
+    """The scores, a row for each number of steps, with the angles that were drawn from."""
+    results = evaluation.get("results", [evaluation])
+    rows = [["steps", "angles", *(name.replace("_", " ") for name in results[0]["scores"]), "Fréchet"]]
+    for result in results:
+        angles = ", ".join(f"{angle:g}" for angle in timetables.get(str(result["steps"]), []))
+        scores = [f"{value:.3f}" for value in result["scores"].values()]
+        rows.append([str(result["steps"]), angles, *scores, f"{result['frechet']['distance']:.4f}"])
+    return table(rows)
+
+
+def loop_of(recipe: dict[str, Any], *stage: str) -> dict[str, Any]:
+    """A stage's loop in a record's recipe; in older records its optimiser says it."""
+    *path, name = stage
+    for part in path:
+        recipe = recipe[part]
+    return recipe.get(f"{name}_loop".removeprefix("_")) or recipe[f"{name}_optimiser".removeprefix("_")]
+
+
+def stage_steps(record: dict[str, Any], *stage: str) -> list[int]:
+    """Steps of a stage, of the checkpoints that training began from and then of this one."""
     origin = record.get("started_from")
-    earlier = flow_steps(origin) if origin else []
-    return [*earlier, record["recipe"]["flow"]["optimiser"]["steps"]]
+    earlier = stage_steps(origin, *stage) if origin else []
+    return [*earlier, loop_of(record["recipe"], *stage)["steps"]]
 
 
-def model_card(record: dict, evaluation: dict) -> str:
+def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: dict[str, list[float]]) -> str:
     """What the checkpoint is, how it was made, and how well it draws."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     recipe = record["recipe"]
     seeds = {
         "pictures": recipe["pool_seed"],
-        "autoencoder": recipe["autoencoder"]["optimiser"]["seed"],
-        "decoder": recipe["autoencoder"]["decoder_optimiser"]["seed"],
-        "language": recipe["language"]["optimiser"]["seed"],
-        "flow": recipe["flow"]["optimiser"]["seed"],
-        "guidance": recipe["flow"]["guidance_optimiser"]["seed"],
+        "autoencoder": loop_of(recipe, "autoencoder", "")["seed"],
+        "decoder": loop_of(recipe, "autoencoder", "decoder")["seed"],
+        "language": loop_of(recipe, "language", "")["seed"],
+        "flow": loop_of(recipe, "flow", "")["seed"],
+        "guidance": loop_of(recipe, "flow", "guidance")["seed"],
+        "consistency": loop_of(recipe, "consistency")["seed"],
+        "distillation": loop_of(recipe, "distillation")["seed"],
     }
-    *earlier, _ = steps = [f"{count:,}" for count in flow_steps(record)]
+    *earlier, _ = steps = [f"{count:,}" for count in stage_steps(record, "flow", "")]
     paragraphs = [
         "A SANA-Sprint pipeline in small, trained from nothing by this repository on drawn shapes: 64×64 pixels,"
         " bfloat16, Apache-2.0. It knows circles, squares, triangles, stars and crosses, eight colours, two sizes, four"
-        " grounds, numbers to three, and left of, right of, above and below.",
+        " grounds, numbers to three, and left of, right of, above and below. It draws in one to four steps.",
         f"Made by `{record['command']}`, with {versions}. Seeds: "
         + ", ".join(f"{name} {seed}" for name, seed in seeds.items())
-        + ". All settings, and the losses of every stage, are in `training.json`.",
+        + ". All settings, and the losses of every stage, are in `training.json`; docs/training.md tells the rounds.",
         f"CHECKPOINT is an earlier one of this recipe. In all there were {' + '.join(steps)} flow steps; what each"
         " stage began from is `started_from` in `training.json`."
         if earlier
         else "",
         f"The autoencoder reconstructs training pictures at {record['reconstruction_decibels']} dB. Share of"
-        f" {evaluation['num_captions']} held-out captions that the judge finds drawn, at {evaluation['steps']} steps"
-        f" and guidance {evaluation['guidance']} (`sana-sprint evaluate`):",
+        f" {evaluation['num_captions']} held-out captions that the judge finds drawn, at guidance"
+        f" {evaluation['guidance']}, and Fréchet distance to renderings (`sana-sprint evaluate --frechet`):",
     ]
     filled = [textwrap.fill(text, 120, break_on_hyphens=False) for text in paragraphs if text]
-    return "\n\n".join(["# shapes-base", *filled, score_table(evaluation)]) + "\n"
+    return "\n\n".join(["# shapes-base", *filled, score_table(evaluation, timetables)]) + "\n"
+
+
+def install(checkpoint: Path, search: Path | None) -> None:
+    """Replace the embedded checkpoint; what a timestep search has found best goes into its scheduler's config."""
+    timetables = json.loads(search.read_text(encoding="utf-8"))["best"] if search else {}  # before anything is removed
+    shutil.rmtree(DESTINATION, ignore_errors=True)
+    shutil.copytree(checkpoint, DESTINATION)
+    if timetables:
+        config = json.loads(SCHEDULER.read_text(encoding="utf-8"))
+        content = json.dumps({**config, "_timesteps": timetables}, indent=2)
+        SCHEDULER.write_text(content + "\n", encoding="utf-8")
+
+
+def write_card(scores: Path) -> None:
+    """Write the embedded checkpoint's README by its record and its scores."""
+    record = json.loads((DESTINATION / "training.json").read_text(encoding="utf-8"))
+    evaluation = json.loads(scores.read_text(encoding="utf-8"))
+    timetables = json.loads(SCHEDULER.read_text(encoding="utf-8")).get("_timesteps", {})
+    (DESTINATION / "README.md").write_text(model_card(record, evaluation, timetables), encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Install a trained checkpoint as the embedded one.")
-    parser.add_argument("checkpoint", type=Path, help="folder that sana-sprint train wrote")
-    parser.add_argument("scores", type=Path, help="what sana-sprint evaluate --json printed for it")
+    parser = argparse.ArgumentParser(description="Install a trained checkpoint as the embedded one, or write its card.")
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="folder that sana-sprint train wrote")
+    parser.add_argument("--timesteps", type=Path, help="timesteps.json of sana-sprint search-timesteps")
+    parser.add_argument("--scores", type=Path, help="what sana-sprint evaluate --frechet --json printed")
     options = parser.parse_args()
-    record = json.loads((options.checkpoint / "training.json").read_text(encoding="utf-8"))
-    evaluation = json.loads(options.scores.read_text(encoding="utf-8"))
-    card = model_card(record, evaluation)  # before anything is removed
-    shutil.rmtree(DESTINATION, ignore_errors=True)
-    shutil.copytree(options.checkpoint, DESTINATION)
-    (DESTINATION / "README.md").write_text(card, encoding="utf-8")
+    if not (options.checkpoint or options.scores) or (options.timesteps and not options.checkpoint):
+        parser.error("name a checkpoint to install, with --timesteps if there are any, or --scores, or both")
+    if options.checkpoint:
+        install(options.checkpoint, options.timesteps)
+    if options.scores:
+        write_card(options.scores)
     print(f"wrote {DESTINATION}")
 
 

@@ -1,6 +1,8 @@
-"""The tiny pipeline as a folder, as a user of the command has a model."""
+"""The tiny pipeline as a folder, as a user of the command has a model, and `generate` with it."""
 
 import pytest
+
+from sana_sprint.cli.main import main
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +13,31 @@ def model_folder(tiny_pipeline_parts, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     SanaSprintPipeline(**tiny_pipeline_parts).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def flow_folder(tiny_pipeline_parts, tmp_path_factory) -> str:
+    """Path of the same pipeline with a flow-matching scheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from sana_sprint import SanaSprintPipeline
+
+    folder = tmp_path_factory.mktemp("models") / "flow"
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    SanaSprintPipeline(**{**tiny_pipeline_parts, "scheduler": scheduler}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def generate(model_folder, tmp_path, monkeypatch, capsys):
+    """Runs `generate` with the tiny model in an empty folder; returns the exit code and what was printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        if not {"--like", "--model"} & set(arguments):
+            arguments = (*arguments, "--model", model_folder)
+        code = main(["generate", *arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run

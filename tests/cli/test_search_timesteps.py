@@ -67,12 +67,12 @@ def test_a_search_repeated_finds_the_same(search):
     assert search(*arguments) == search(*arguments)
 
 
-def test_a_flow_model_has_no_angles_and_nothing_is_written(tmp_path, capsys):
-    assert main(["search-timesteps", *FEW, "--output", str(tmp_path / "out")]) == 2
+def test_a_flow_model_has_no_angles_and_nothing_is_written(tmp_path, flow_folder, capsys):
+    assert main(["search-timesteps", "--model", flow_folder, *FEW, "--output", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
-        "sana-sprint: error: embedded draws with FlowMatchEulerDiscreteScheduler, which has no angles to search: a "
-        "model with SCMScheduler is wanted\n"
+        f"sana-sprint: error: {flow_folder} draws with FlowMatchEulerDiscreteScheduler, which has no angles to search: "
+        "a model with SCMScheduler is wanted\n"
     )
     assert not (tmp_path / "out").exists()
 

@@ -1,10 +1,20 @@
 """Captions: every wording is read back, and the held-out ones are a matter of what is said."""
 
+import re
+
 import numpy as np
 import pytest
 
-from sana_sprint.shapes.captions import VOCABULARY, describe, is_held_out, parse, unknown_words
-from sana_sprint.shapes.scenes import CATEGORIES, COLOURS, GROUNDS, KINDS, Request, Thing, draw_request
+from sana_sprint.shapes.captions import (
+    VOCABULARY,
+    are_words_held_out,
+    describe,
+    describe_colours,
+    is_held_out,
+    parse,
+    unknown_words,
+)
+from sana_sprint.shapes.scenes import CATEGORIES, COLOURS, GROUNDS, KINDS, Request, Thing, complete, draw_request
 
 RED_CIRCLE, BLUE_SQUARE = Thing("circle", "red"), Thing("square", "blue")
 
@@ -157,3 +167,30 @@ def test_the_held_out_rule_is_stable_and_blind_to_case_and_punctuation():
         assert is_held_out(caption), caption
         assert is_held_out(caption.upper() + "!"), caption
     assert not any(is_held_out(caption) for caption in TRAINED_ON)
+
+
+def test_captions_of_colours_name_the_colours_and_the_ground_and_nothing_else():
+    rng = np.random.default_rng(4)
+    nouns = {"circle", "disc", "square", "triangle", "star", "cross", "plus", "sign"}
+    for _ in range(300):
+        scene = complete(draw_request(rng), rng)
+        caption = describe_colours(scene, rng)
+        words = re.findall("[a-z]+", caption)
+        synonyms = {"violet": "purple", "turquoise": "cyan", "gray": "grey"}
+        named = [synonyms.get(word, word) for word in words]
+        shapes = sorted(scene.shapes, key=lambda shape: shape.x)
+        assert [word for word in named if word in COLOURS] == list(dict.fromkeys(shape.colour for shape in shapes))
+        assert [word for word in named if word in GROUNDS] == [scene.ground]
+        assert not unknown_words(caption)
+        assert not nouns & set(words)
+        assert not set(words) & {"left", "right", "above", "below", "two", "three", "small", "large"}
+
+
+def test_one_caption_of_colours_in_32_is_held_out_and_every_content_is_trained_on():
+    rng = np.random.default_rng(5)
+    scenes = [complete(draw_request(rng, "single_object"), rng) for _ in range(60)]
+    captions = [[describe_colours(scene, rng) for _ in range(100)] for scene in scenes]
+    shares = [np.mean([are_words_held_out(caption) for caption in each]) for each in captions]
+    assert max(shares) < 1
+    assert 0 < np.mean(shares) < 0.1
+    assert are_words_held_out("Red on White!") == are_words_held_out("red on white")

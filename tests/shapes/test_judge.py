@@ -6,7 +6,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from sana_sprint.shapes.judge import find_shapes, judge, score
+from sana_sprint.shapes.judge import find_colours, find_shapes, judge, score
 from sana_sprint.shapes.palette import GROUND_COLOURS, SHAPE_COLOURS
 from sana_sprint.shapes.renderer import coverage, render
 from sana_sprint.shapes.sampler import draw_example
@@ -281,6 +281,23 @@ def test_the_overall_score_is_the_mean_over_categories():
     shown[0] = shown[3]
     scores = score(shown, [each.request for each in drawn])
     assert scores == pytest.approx({"counting": 2 / 3, "position": 1.0, "overall": 5 / 6})
+
+
+def test_colours_are_those_of_the_scene_whatever_the_outlines(examples, pictures):
+    for example, picture in zip(examples[:120], pictures):
+        wanted = {shape.colour for shape in example.scene.shapes}
+        for shown in (picture, picture[::-1]):
+            found = find_colours(shown)
+            assert found.ground == example.scene.ground
+            assert found.colours == wanted
+            assert found.foreground.shape == picture.shape[:2]
+    # A bar is no shape, and has a colour.
+    picture = np.full((64, 64, 3), GROUND_COLOURS["grey"], np.uint8)
+    picture[20:30, 8:56] = SHAPE_COLOURS["pink"]
+    found = find_colours(picture)
+    assert (found.ground, found.colours) == ("grey", {"pink"})
+    assert np.argwhere(found.foreground).min(0).tolist() == [20, 8]
+    assert found.foreground.sum() == 10 * 48
 
 
 def test_score_and_judge_refuse_what_they_cannot_read():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sana_sprint.shapes.palette import GROUND_COLOURS, SHAPE_COLOURS
-from sana_sprint.shapes.renderer import coverage, render
+from sana_sprint.shapes.renderer import cover, coverage, render
 from sana_sprint.shapes.sampler import draw_example
 from sana_sprint.shapes.scenes import KINDS, Placed, Scene
 
@@ -72,6 +72,17 @@ def test_moving_a_shape_by_a_whole_pixel_moves_the_picture():
     one, other = render(_scene("star")), render(_scene("star", x=0.45 + 1 / 64, y=0.55 + 2 / 64))
     # One step: the centres are rounded to binary fractions.
     np.testing.assert_allclose(np.roll(one, (2, 1), (0, 1)).astype(int), other.astype(int), atol=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_covered_is_where_the_picture_is_nearer_to_the_shape_than_to_the_ground(kind):
+    scene = Scene("black", (*_scene(kind).shapes, Placed("circle", "yellow", "small", 0.82, 0.15, 0.11)))
+    share = render(scene).astype(float)[..., 0] - GROUND_COLOURS["black"][0]
+    share /= SHAPE_COLOURS["yellow"][0] - GROUND_COLOURS["black"][0]
+    is_clear = np.abs(share - 0.5) > 0.01  # colours are rounded
+    covered = cover(scene, 64)
+    assert covered.shape == (64, 64)
+    assert np.array_equal(covered[is_clear], share[is_clear] > 0.5)
 
 
 def test_up_is_up():

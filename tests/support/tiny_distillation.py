@@ -60,8 +60,11 @@ def save_teacher(parts: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def save_cache(teacher: Path, folder: Path) -> Path:
-    """Have a pipeline's encoders make a cache, of pictures of random dots with a caption each; returns its folder."""
+def save_cache(teacher: Path, folder: Path, *more: str) -> Path:
+    """Have a pipeline's encoders make a cache, of pictures of random dots with a caption each; returns its folder.
+
+    `more` are further options of the command.
+    """
     source, cache = folder / "pictures", folder / "cache"
     source.mkdir(parents=True)
     for number, caption in enumerate(CAPTIONS):
@@ -69,5 +72,5 @@ def save_cache(teacher: Path, folder: Path) -> Path:
         Image.fromarray(dots).save(source / f"{number}.png")
         (source / f"{number}.txt").write_text(caption, encoding="utf-8")
     options = ["--model", str(teacher), "--output", str(cache), "--size", "64", "--captions-tokens", "40"]
-    assert main(["cache-latents", str(source), *options, "--device", "cpu"]) == 0
+    assert main(["cache-latents", str(source), *options, "--device", "cpu", *more]) == 0
     return cache

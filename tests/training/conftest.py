@@ -17,3 +17,12 @@ def cache_folder(teacher_folder, tmp_path_factory):
     from tiny_distillation import save_cache
 
     return save_cache(teacher_folder, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def controlled_cache_folder(teacher_folder, tmp_path_factory):
+    """The same with latents of the pictures' edges."""
+    pytest.importorskip("cv2", reason="OpenCV is not installed: pip install 'sana-sprint[control]'")
+    from tiny_distillation import save_cache
+
+    return save_cache(teacher_folder, tmp_path_factory.mktemp("controlled"), "--control", "edges")

@@ -98,12 +98,26 @@ def test_who_learns_from_which_loss():
     assert gradients(objective, "discriminator") == nobody | {"discriminator": True}
 
 
+def test_a_fakes_score_that_is_the_teachers_moves_no_student_and_who_learns_from_matching():
+    objective = distillation(replace(SETTINGS, consistency_weight=0.0, adversarial_weight=0.0, matching_weight=1.0))
+    nobody = {"teacher": False, "student": False, "fake_score": False}
+    assert gradients(objective, "matching") == nobody
+    assert gradients(objective, "fake_score") == nobody | {"fake_score": True}
+    with torch.no_grad():
+        objective.fake_score.proj_out.bias += 0.1
+    assert gradients(objective, "matching") == nobody | {"student": True}
+
+
 def test_every_trained_parameter_is_in_one_group_and_the_discriminator_has_its_own_settings():
     own = replace(OPTIMISER, learning_rate=3e-4, betas=(0.0, 0.9), clip_norm=7.0)
     groups = {group.name: group for group in distillation(replace(SETTINGS, discriminator=own)).groups()}
     assert list(groups) == ["student", "log_variance", "discriminator"]
     assert groups["discriminator"].settings == own
     assert groups["student"].settings == OPTIMISER
+    groups = {
+        group.name: group for group in distillation(replace(SETTINGS, matching_weight=1.0, fake_score=own)).groups()
+    }
+    assert groups["fake_score"].settings == own
 
 
 class OtherWrongCaptions(FlowData):
@@ -129,15 +143,24 @@ def test_misaligned_pairs_work_for_every_batch_size_and_teach_the_discriminator_
 @pytest.mark.parametrize(
     ("change", "networks", "losses"),
     [
-        ({"adversarial_weight": 0.0}, {"teacher", "student", "log_variance"}, {"loss", "consistency", "tangent"}),
+        (
+            {"adversarial_weight": 0.0},
+            {"teacher", "student", "log_variance"},
+            {"loss", "consistency", "derivative_norm"},
+        ),
         (
             {"consistency_weight": 0.0},
             {"teacher", "student", "discriminator"},
             {"loss", "adversarial", "discriminator"},
         ),
+        (
+            {"consistency_weight": 0.0, "adversarial_weight": 0.0, "matching_weight": 1.0},
+            {"teacher", "student", "fake_score"},
+            {"loss", "matching", "fake_score"},
+        ),
     ],
 )
-def test_either_loss_alone(change, networks, losses):
+def test_any_loss_alone(change, networks, losses):
     objective = distillation(replace(SETTINGS, **change))
     assert {name for name, _ in objective.named_children()} == networks
     assert set(objective(Draws.of_step(0, 0, 4))) == losses

@@ -51,6 +51,19 @@ def test_running_blocks_again_takes_a_fraction_of_the_memory():
     assert again < kept / 5  # of four blocks; what the heads keep is the same
 
 
+def test_a_lora_needs_its_model_once_and_gradients_of_its_adapters_alone():
+    recipe = find_recipe("lora")
+    config = {**PUBLISHED[recipe.published], "num_layers": 2}
+    networks = rehearse(recipe, config)["adapters"].networks
+    adapters, frozen = networks["adapters"], networks["transformer"]
+    assert frozen.total == frozen.weights == 2 * frozen.parameters  # bfloat16, and nothing that is trained
+    assert adapters.weights == adapters.gradients == adapters.average == 4 * adapters.parameters
+    assert adapters.moments == 8 * adapters.parameters
+    width, hidden = 1152, 2 * int(2.5 * 1152)
+    sides = 8 * (width + width) + (width + hidden) + (hidden // 2 + width)
+    assert adapters.parameters == 2 * recipe.lora.rank * sides
+
+
 def test_a_teacher_recipe_needs_what_its_network_takes():
     recipe = find_recipe("teacher_1.6b_1024")
     (network,) = rehearse(recipe, published_config(recipe))["flow"].networks.values()

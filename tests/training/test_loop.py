@@ -12,7 +12,9 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
+from sana_sprint.training.distillation import AngleDistribution, Distillation
 from sana_sprint.training.draws import Draws
+from sana_sprint.training.flow import FlowObjective, FlowSettings, GuidanceObjective
 from sana_sprint.training.loop import Objective, check_accelerator, train
 from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
 from sana_sprint.training.settings import LoopSettings
@@ -153,6 +155,50 @@ def test_a_folder_of_other_settings_is_refused_by_their_names(tmp_path):
             critic=replace(CRITIC, betas=(0.5, 0.5)),
             line=replace(LINE, learning_rate=1),
         )
+
+
+FLOW = FlowSettings(config={}, loop=LOOP, optimiser=LINE, guidance_loop=LOOP, guidance_optimiser=LINE)
+
+
+def flow(**changes):
+    return FlowObjective(tiny_training.tiny_teacher(), tiny_training.tiny_data(), replace(FLOW, **changes))
+
+
+def guidance(**changes):
+    student, teacher = tiny_training.tiny_teacher(), tiny_training.tiny_teacher()
+    return GuidanceObjective(student, teacher, tiny_training.tiny_data(), replace(FLOW, **changes))
+
+
+def distillation(**changes):
+    settings = replace(tiny_training.DISTILLATION, **changes)
+    return Distillation(tiny_training.tiny_teacher(), tiny_training.tiny_data(), settings)
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes"),
+    [
+        (flow, {"caption_dropout": 0.2, "time_mean": 0.0, "use_muon": False}),
+        (guidance, {"guidance_range": (1.0, 6.0), "time_mean": 0.0}),
+        (
+            distillation,
+            {
+                "adversarial_weight": 1.0,
+                "guidance_scales": (4.5,),
+                "head_blocks": (0,),
+                "student_angles": AngleDistribution(mean=0.0, std=1.0),
+            },
+        ),
+    ],
+)
+def test_a_folder_of_an_objective_with_other_settings_is_refused_by_their_names(tmp_path, objective, changes):
+    def last_step(**changes):
+        loop = replace(LOOP, steps=1)
+        return weights(train(objective(**changes), loop, tmp_path, "test", torch.device("cpu")))
+
+    first = last_step()
+    with pytest.raises(ValueError, match=rf"other settings \({', '.join(sorted(changes))}\)"):
+        last_step(**changes)
+    assert torch.equal(last_step(compile=True), first)
 
 
 def test_a_run_goes_on_with_other_settings_of_what_does_not_change_its_steps(tmp_path):

@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples-per-shard", type=whole_number(1), default=500, metavar="N", help="of the cache (%(default)s)"
     )
+    parser.add_argument(
+        "--control",
+        metavar="NAME",
+        help="add latents of what a ControlNet is shown of each picture: edges, scribble, soft_edges, depth or hed",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="number format of the networks (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, .. (%(default)s)")
     parser.add_argument(
@@ -133,6 +138,7 @@ def run(options: argparse.Namespace) -> None:
                 size=options.size,
                 examples_per_shard=options.examples_per_shard,
                 batch_size=options.batch_size,
+                control=options.control,
                 part=part,
                 parts=parts,
             ),

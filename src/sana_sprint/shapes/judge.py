@@ -63,6 +63,15 @@ class Sighting:
 
 
 @dataclass(frozen=True)
+class Painting:
+    """Where a picture has the colour of a shape, and which colours it has, whatever the outlines are."""
+
+    foreground: np.ndarray  # H W, bool
+    ground: str | None  # None where there is no clear one
+    colours: frozenset[str | None]  # of the patches; None for one of no known colour
+
+
+@dataclass(frozen=True)
 class Verdict:
     """Whether a picture is what was asked, and if not, why not."""
 
@@ -181,8 +190,7 @@ def _recognise(picture: np.ndarray, ground: np.ndarray, patch: np.ndarray, other
     margin = max(4, size // 16)
     rows, columns = _window(patch, margin)
     colours, patch, others = picture[rows, columns], patch[rows, columns], others[rows, columns]
-    inner = ~_spread(~patch, 1)
-    rgb = np.median(colours[inner if inner.any() else patch], axis=0)
+    rgb = _patch_colour(colours, patch)
     colour = _name_colour(rgb)
     if colour not in SHAPE_COLOURS:
         return None
@@ -202,6 +210,42 @@ def _recognise(picture: np.ndarray, ground: np.ndarray, patch: np.ndarray, other
     return Placed(fit.kind, colour, "small" if radius < SIZE_BOUNDARY else "large", x, y, radius)
 
 
+def _patch_colour(colours: np.ndarray, patch: np.ndarray) -> np.ndarray:
+    """The median sRGB colour of a patch (H, W), bool, of a picture (H, W, 3), without its edge if it has more."""
+    inner = ~_spread(~patch, 1)
+    return np.median(colours[inner if inner.any() else patch], axis=0)
+
+
+def _check(picture: np.ndarray) -> None:
+    if picture.ndim != 3 or picture.shape[0] != picture.shape[1] or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise ValueError(f"picture must be uint8 of shape (S, S, 3), got {picture.dtype} of shape {picture.shape}")
+
+
+def _find_ground(colours: np.ndarray) -> tuple[np.ndarray, str | None]:
+    """The colour of the border of a picture (H, W, 3), and its name; None where it is no ground's, or not clear."""
+    border = np.concatenate([colours[0], colours[-1], colours[1:-1, 0], colours[1:-1, -1]])
+    ground = np.median(border, axis=0)
+    name = _name_colour(ground)
+    is_ground = np.linalg.norm(border - ground, axis=-1) < _CONTRAST
+    return ground, name if name in GROUND_COLOURS and is_ground.mean() >= _GROUND_SHARE else None
+
+
+def find_colours(picture: np.ndarray) -> Painting:
+    """The colours of a picture, uint8 (S, S, 3), and where those of shapes are; outlines do not matter, strays neither.
+
+    Raises:
+        ValueError: The picture is not square, RGB and uint8.
+    """
+    _check(picture)
+    colours = picture.astype(np.float64)
+    ground, name = _find_ground(colours)
+    labels = _label(_regions(colours, ground))
+    values, areas = np.unique(labels[labels >= 0], return_counts=True)
+    patches = values[areas >= _STRAY_AREA * labels.size]
+    named = frozenset(_name_colour(_patch_colour(colours, labels == patch)) for patch in patches)
+    return Painting(labels >= 0, name, named)
+
+
 def find_shapes(picture: np.ndarray) -> Sighting:
     """Ground and shapes of a picture, uint8 (S, S, 3), found from its pixels alone.
 
@@ -211,14 +255,10 @@ def find_shapes(picture: np.ndarray) -> Sighting:
     Raises:
         ValueError: The picture is not square, RGB and uint8.
     """
-    if picture.ndim != 3 or picture.shape[0] != picture.shape[1] or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise ValueError(f"picture must be uint8 of shape (S, S, 3), got {picture.dtype} of shape {picture.shape}")
+    _check(picture)
     colours = picture.astype(np.float64)
-    border = np.concatenate([colours[0], colours[-1], colours[1:-1, 0], colours[1:-1, -1]])
-    ground = np.median(border, axis=0)
-    name = _name_colour(ground)
-    is_ground = np.linalg.norm(border - ground, axis=-1) < _CONTRAST
-    if name not in GROUND_COLOURS or is_ground.mean() < _GROUND_SHARE:
+    ground, name = _find_ground(colours)
+    if name is None:
         return Sighting(None, (), 1)
     labels = _label(_regions(colours, ground))
     values, areas = np.unique(labels[labels >= 0], return_counts=True)

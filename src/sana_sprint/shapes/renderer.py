@@ -74,6 +74,16 @@ def coverage(kind: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarr
     return np.clip(0.5 - radius * _DISTANCES[kind](x, y), 0.0, 1.0)
 
 
+def cover(scene: Scene, size: int = 64) -> np.ndarray:
+    """Where the shapes of a scene cover at least half of a pixel: bool (size, size)."""
+    centres = np.arange(size) + 0.5
+    covered = [
+        coverage(shape.kind, centres - shape.x * size, centres[:, None] - shape.y * size, shape.radius * size)
+        for shape in scene.shapes
+    ]
+    return np.max(covered, axis=0) >= 0.5
+
+
 def render(scene: Scene, size: int = 64) -> np.ndarray:
     """Picture of a scene, uint8 (size, size, 3), edges smoothed over one pixel.
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from sana_sprint.transformer.model import SanaTransformer2DModel
+from sana_sprint.transformer.residuals import ControlSamples, residuals_by_block
 
 # At most so many examples share the statistics of a batch norm, however large the batch.
 _VIRTUAL_BATCH = 8
@@ -75,15 +76,19 @@ def block_features(
     caption: torch.Tensor,
     mask: torch.Tensor,
     guidance: torch.Tensor | None,
+    residuals: ControlSamples = (),
 ) -> list[torch.Tensor]:
     """What the blocks of these numbers, ascending from 0, return: (B, D, h, w) each. Later blocks are not run.
 
-    Arguments are those of the transformer's `forward`.
+    Arguments are those of the transformer's `forward`; `residuals` are a ControlNet's, and the features are with them.
     """
     inputs = transformer.embed_inputs(latents, caption, time, guidance, mask)
     tokens, features = inputs.tokens, []
+    by_block = residuals_by_block(residuals)
     for index, block in enumerate(transformer.transformer_blocks[: blocks[-1] + 1]):
         tokens = transformer.run_block(block, tokens, inputs)
+        if index in by_block:
+            tokens = tokens + by_block[index]
         if index in blocks:
             features.append(tokens.unflatten(1, (inputs.height, inputs.width)).movedim(3, 1))
     return features

@@ -1,6 +1,7 @@
 """A seed to training material: rendered pictures with captions, kept in memory and cached on disk."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tqdm.auto import tqdm
 
 from sana_sprint.files import write_whole
 from sana_sprint.shapes.renderer import render
-from sana_sprint.shapes.sampler import draw_example
+from sana_sprint.shapes.sampler import Example, draw_example
 from sana_sprint.training.draws import Draws
 
 
@@ -43,16 +44,22 @@ def to_pictures(pixels: torch.Tensor) -> np.ndarray:
     return rounded.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def pool_examples(num_pictures: int, seed: int) -> Iterator[Example]:
+    """The training examples whose pictures are a pool, in its order."""
+    rng = np.random.default_rng(seed)
+    return (draw_example(rng) for _ in range(num_pictures))
+
+
 def picture_pool(folder: Path, num_pictures: int, size: int, seed: int) -> PicturePool:
     """Render `num_pictures` training examples, or read them from `folder` where an earlier call left them."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"pictures-{num_pictures}-{size}px-seed{seed}"
     pictures_path, captions_path = folder / f"{stem}.npy", folder / f"{stem}.json"
     if not captions_path.exists():
-        rng = np.random.default_rng(seed)
         pictures, captions = np.empty((num_pictures, size, size, 3), np.uint8), []
-        for index in tqdm(range(num_pictures), desc="rendering", unit="picture", dynamic_ncols=True, disable=None):
-            example = draw_example(rng)
+        examples = pool_examples(num_pictures, seed)
+        bar = tqdm(examples, total=num_pictures, desc="rendering", unit="picture", dynamic_ncols=True, disable=None)
+        for index, example in enumerate(bar):
             pictures[index] = render(example.scene, size)
             captions.append(example.caption)
         np.save(pictures_path, pictures)

@@ -8,9 +8,12 @@ B batch, C channels, h w latent grid. Latents have unit variance; angles are Tri
 
 import copy
 import math
-from dataclasses import dataclass, field, replace
+from abc import abstractmethod
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sana_sprint.layers.embeddings import NUM_TIME_FEATURES, ScalarEmbedder, sinusoidal_features
@@ -24,10 +27,13 @@ from sana_sprint.training.adversarial import (
 )
 from sana_sprint.training.datasets.source import LatentBatch, LatentSource
 from sana_sprint.training.draws import Draws
-from sana_sprint.training.flow import block_matrices, embeds_guidance, predict_velocity, use_training_kernels
+from sana_sprint.training.flow import N, block_matrices, embeds_guidance, predict_velocity, use_training_kernels
 from sana_sprint.training.loop import Objective
+from sana_sprint.training.matching import matching_loss
 from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
 from sana_sprint.transformer.model import SanaTransformer2DModel
+from sana_sprint.transformer.residuals import ControlSamples
+from sana_sprint.transformer.trunk import SanaTrunk
 from sana_sprint.trigflow.bridge import flow_time, trigflow_velocity
 from sana_sprint.trigflow.consistency import (
     consistency_loss,
@@ -35,7 +41,7 @@ from sana_sprint.trigflow.consistency import (
     draw_angles,
     velocity_and_derivative,
 )
-from sana_sprint.trigflow.path import add_noise, cosine_and_sine, predict_clean
+from sana_sprint.trigflow.path import add_noise, cosine_and_sine, predict_clean, velocity_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,7 @@ class DistillationSettings:
 
     student: OptimiserSettings
     discriminator: OptimiserSettings
-    # Of the log-variance alone: its gradients are far larger than the student's, and would be clipped with them.
+    # Of the log-variance alone, which has to follow the size of the loss faster than the student changes it.
     log_variance_rate: float = 1e-3
     sigma_data: float = 0.5  # shifts the angles only: all networks see unit variance
     student_angles: AngleDistribution = field(default_factory=lambda: AngleDistribution(mean=0.0, std=1.6))
@@ -64,21 +70,33 @@ class DistillationSettings:
     max_time_share: float = 0.5
     guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
     tangent_warmup_steps: int = 2000  # updates of the student; 4000 of the public code, which counts both networks'
-    consistency_weight: float = 1.0  # 0: LADD alone
-    adversarial_weight: float = 0.5  # 0: sCM alone
+    # A loss of weight 0 costs nothing.
+    consistency_weight: float = 1.0  # sCM
+    adversarial_weight: float = 0.5  # LADD
+    matching_weight: float = 0.0  # distribution matching, which is not the paper's
     head_blocks: tuple[int, ...] = (2, 8, 14, 19)
     misaligned_pairs: bool = True
     gradient_penalty: float = 0.0  # R1 on the heads' inputs
-    use_muon: bool = False  # for the matrices of the student's blocks, which must be whole then: no FSDP
+    # Of the network that learns the score of the student's latents, faster than the student changes them.
+    fake_score: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(learning_rate=1e-5))
+    matching_angles: AngleDistribution = field(default_factory=lambda: AngleDistribution(mean=0.0, std=1.6))
+    # For the matrices of the blocks of both that are transformers, which must be whole then: no FSDP.
+    use_muon: bool = False
     compile: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.consistency_weight or self.adversarial_weight):
-            raise ValueError("consistency_weight and adversarial_weight are both 0: there is nothing to learn")
+        if not (self.consistency_weight or self.adversarial_weight or self.matching_weight):
+            raise ValueError(
+                "consistency_weight, adversarial_weight and matching_weight are all 0: there is nothing to learn"
+            )
         if not 0 <= self.max_time_share < 1 and self.consistency_weight:
             raise ValueError(f"max_time_share must lie in [0, 1) for a consistency loss, got {self.max_time_share}")
         if list(self.head_blocks) != sorted(set(self.head_blocks)):
             raise ValueError(f"head_blocks must ascend, got {self.head_blocks}")
+
+
+# Most are compared as settings of the groups; compiled or not, a run goes on.
+_NOT_OF_THE_LOSSES = ("student", "discriminator", "fake_score", "log_variance_rate", "compile")
 
 
 class LogVariance(nn.Module):
@@ -94,7 +112,7 @@ class LogVariance(nn.Module):
         return self.linear(sinusoidal_features(angle, NUM_TIME_FEATURES, cosine_first=True)).float().squeeze(1)
 
 
-def student_of(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
+def student_of(teacher: N) -> N:
     """A trainable copy that embeds its guidance; it predicts what the teacher predicts, at every scale.
 
     A new guidance embedding has a random first layer and a second one of zeros: were both zero, as in diffusers'
@@ -102,7 +120,7 @@ def student_of(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
     """
     if embeds_guidance(teacher):
         return copy.deepcopy(teacher).train().requires_grad_(True)
-    student = SanaTransformer2DModel.from_config(teacher.config, guidance_embeds=True)
+    student = type(teacher).from_config(teacher.config, guidance_embeds=True)
     weights = {name.replace("time_embed.emb.", "time_embed."): value for name, value in teacher.state_dict().items()}
     missing, unexpected = student.load_state_dict(weights, strict=False)
     assert not unexpected
@@ -115,30 +133,36 @@ def student_of(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
     return student.to(next(teacher.parameters()).device).train()
 
 
+def classifier_free(with_caption: torch.Tensor, without: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+    """Velocities (B, C, h, w) moved on, at scales (B,), along what the caption changes (Ho and Salimans, 2022)."""
+    return without + guidance.view(-1, 1, 1, 1) * (with_caption - without)
+
+
 def guided_velocity(
     teacher: SanaTransformer2DModel,
     latents: torch.Tensor,
     time: torch.Tensor,
     batch: LatentBatch,
-    empty: tuple[torch.Tensor, torch.Tensor],
+    data: LatentSource,
     guidance: torch.Tensor,
 ) -> torch.Tensor:
     """The flow velocity (B, C, h, w) of a teacher at guidance scales (B,).
 
-    In one pass where the teacher embeds the scale; else by classifier-free guidance (Ho and Salimans, 2022) against the
-    empty caption with its own mask, which is what the teacher has learned without a caption.
+    In one pass where the teacher embeds the scale; else by classifier-free guidance against the empty caption with its
+    own mask, which is what the teacher has learned without a caption.
     """
     if embeds_guidance(teacher):
         return predict_velocity(teacher, latents, time, batch.caption, batch.mask, guidance)
     with_caption = predict_velocity(teacher, latents, time, batch.caption, batch.mask, None)
-    without = predict_velocity(teacher, latents, time, *empty, None)
-    return without + guidance.view(-1, 1, 1, 1) * (with_caption - without)
+    without = predict_velocity(teacher, latents, time, *data.empty_caption(len(latents)), None)
+    return classifier_free(with_caption, without, guidance)
 
 
-class Distillation(Objective[SanaTransformer2DModel]):
-    """A student, its frozen teacher, and a discriminator on the teacher's features; both learn in every step.
+class DistillationLosses(Objective[N]):
+    """A student, its frozen teacher, and what tells the two apart: a discriminator, or a network for the fakes' score.
 
-    The student starts from the one that is given, or from the teacher.
+    All but the teacher learn in every step. How these networks come to a velocity, and what else takes part in it, is
+    the subclass's to say.
 
     One pass of the student serves both losses: it gives the velocity with its graph, the derivative along the teacher's
     path, and so the clean latents that the discriminator sees. Examples that start from pure noise have no consistency
@@ -148,11 +172,13 @@ class Distillation(Objective[SanaTransformer2DModel]):
     def __init__(
         self,
         teacher: SanaTransformer2DModel,
+        student: N,
+        fake_score: N | None,
         data: LatentSource,
         settings: DistillationSettings,
-        student: SanaTransformer2DModel | None = None,
     ) -> None:
         super().__init__()
+        assert (fake_score is not None) == bool(settings.matching_weight)
         blocks = settings.head_blocks
         if settings.adversarial_weight and (not blocks or blocks[-1] >= len(teacher.transformer_blocks)):
             raise ValueError(
@@ -161,31 +187,60 @@ class Distillation(Objective[SanaTransformer2DModel]):
         self.settings = settings
         self.data = data
         self.teacher = teacher.eval().requires_grad_(False)
-        self.student = student_of(teacher if student is None else student)
+        self.student = student
         self.log_variance = LogVariance() if settings.consistency_weight else None
         self.discriminator = (
-            Discriminator(len(blocks), self.student.proj_out.in_features) if settings.adversarial_weight else None
+            Discriminator(len(blocks), self.teacher.proj_out.in_features) if settings.adversarial_weight else None
         )
-        for network in (self.teacher, self.student):
+        self.fake_score = fake_score
+        for network in self.trunks():
             use_training_kernels(network)
-        self._features = torch.compile(block_features) if settings.compile else block_features
+        self._features = torch.compile(self._look) if settings.compile else self._look
         self._student_pass = torch.compile(self._differentiate) if settings.compile else self._differentiate
         self._teacher_pass = torch.compile(self._teach) if settings.compile else self._teach
+        self._velocity = torch.compile(self._predict) if settings.compile else self._predict
+
+    @abstractmethod
+    def velocity(
+        self, network: N, latents: torch.Tensor, time: torch.Tensor, batch: LatentBatch, guidance: torch.Tensor
+    ) -> torch.Tensor:
+        """Of the student, or of the network for the fakes' score: the flow velocity (B, C, h, w) at guidance scales."""
+
+    @abstractmethod
+    def guided(
+        self, latents: torch.Tensor, time: torch.Tensor, batch: LatentBatch, guidance: torch.Tensor
+    ) -> torch.Tensor:
+        """Of the teacher, guided: the flow velocity (B, C, h, w) at guidance scales (B,)."""
+
+    def teacher_residuals(self, latents: torch.Tensor, time: torch.Tensor, batch: LatentBatch) -> ControlSamples:
+        """What is added to the teacher's tokens where the discriminator looks at them."""
+        return ()
+
+    def trunks(self) -> list[SanaTrunk]:
+        """All networks made of SANA's blocks."""
+        return [network for network in self.children() if isinstance(network, SanaTrunk)]
 
     def groups(self) -> list[ParameterGroup]:
-        student = self.settings.student
-        matrices = block_matrices(self.student) if self.settings.use_muon else []
-        groups = [ParameterGroup("student", trainable(self.student), student, matrices)]
+        groups = [self._group("student", self.student, self.settings.student)]
         if self.log_variance is not None:
-            settings = replace(student, kind="adamw", learning_rate=self.settings.log_variance_rate)
+            settings = replace(self.settings.student, kind="adamw", learning_rate=self.settings.log_variance_rate)
             groups.append(ParameterGroup("log_variance", trainable(self.log_variance), settings))
+        if self.fake_score is not None:
+            groups.append(self._group("fake_score", self.fake_score, self.settings.fake_score))
         if self.discriminator is not None:
             parameters = trainable(self.discriminator)
             groups.append(ParameterGroup("discriminator", parameters, self.settings.discriminator))
         return groups
 
-    def averaged(self) -> SanaTransformer2DModel:
+    def _group(self, name: str, network: N, settings: OptimiserSettings) -> ParameterGroup:
+        matrices = block_matrices(network) if self.settings.use_muon else []
+        return ParameterGroup(name, trainable(network), settings, matrices)
+
+    def averaged(self) -> N:
         return self.student
+
+    def own_settings(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.settings).items() if name not in _NOT_OF_THE_LOSSES}
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -212,15 +267,20 @@ class Distillation(Objective[SanaTransformer2DModel]):
             each = consistency_loss(velocity, tangent, angle, self.log_variance(angle))
             # By the expected share and not the count, so that parts of a batch add up to the whole.
             losses["consistency"] = torch.where(is_pure_noise, 0.0, each).mean() / (1 - settings.max_time_share)
-            losses["tangent"] = derivative.flatten(1).norm(dim=1).mean()
+            losses["derivative_norm"] = derivative.flatten(1).norm(dim=1).mean()
         else:
-            velocity = self._student(sample, angle, batch, guidance)
+            velocity = self._velocity(self.student, sample, angle, batch, guidance)
+        fake = predict_clean(sample, velocity, angle)
         if self.discriminator is not None:
-            losses |= self._adversarial(draws, batch, predict_clean(sample, velocity, angle))
+            losses |= self._adversarial(draws, batch, fake)
+        if self.fake_score is not None:
+            losses |= self._matching(draws, batch, fake, guidance)
         weights = {
             "consistency": settings.consistency_weight,
             "adversarial": settings.adversarial_weight,
             "discriminator": 1.0,
+            "matching": settings.matching_weight,
+            "fake_score": 1.0,
         }
         weighted = [weight * losses[name] for name, weight in weights.items() if name in losses]
         return {"loss": torch.stack(weighted).sum(), **losses}
@@ -229,44 +289,71 @@ class Distillation(Objective[SanaTransformer2DModel]):
         """The losses of the student and of the discriminator, which learns from the same fakes, and moves them not."""
         settings, discriminator = self.settings, self.discriminator
         assert discriminator is not None
-        features = self._noised_features(draws, fake, batch.caption, batch.mask)
+        features = self._noised_features(draws, fake, batch)
         with frozen(discriminator):
             student_loss = generator_loss(discriminator(features))
         fakes = [discriminator([x.detach() for x in features])]
         with torch.no_grad():
-            real_features = self._noised_features(draws, batch.clean, batch.caption, batch.mask)
+            real_features = self._noised_features(draws, batch.clean, batch)
         if settings.gradient_penalty:
             real_features = [x.requires_grad_() for x in real_features]
         real = discriminator(real_features)
         if batch.wrong_caption is not None and batch.wrong_mask is not None:
+            misaligned = replace(batch, caption=batch.wrong_caption, mask=batch.wrong_mask)
             with torch.no_grad():
-                wrong_features = self._noised_features(draws, batch.clean, batch.wrong_caption, batch.wrong_mask)
+                wrong_features = self._noised_features(draws, batch.clean, misaligned)
             fakes.append(discriminator(wrong_features))
         loss = discriminator_loss(real, torch.cat(fakes))
         if settings.gradient_penalty:
             loss = loss + settings.gradient_penalty * gradient_penalty(real, real_features)
         return {"adversarial": student_loss, "discriminator": loss}
 
-    def _noised_features(
-        self, draws: Draws, clean: torch.Tensor, caption: torch.Tensor, mask: torch.Tensor
-    ) -> list[torch.Tensor]:
+    def _matching(
+        self, draws: Draws, batch: LatentBatch, fake: torch.Tensor, guidance: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The losses of the student and of the network for the fakes' score, from one pass of that."""
+        settings, fake_score = self.settings, self.fake_score
+        assert fake_score is not None
+        angle = settings.matching_angles.draw(draws, settings.sigma_data)
+        noise = draws.normal(fake.shape[1:])
+        clean = fake.detach()
+        noisy = add_noise(clean, noise, angle)
+        velocity = self._velocity(fake_score, noisy, angle, batch, guidance)
+        with torch.no_grad():
+            by_teacher = predict_clean(noisy, self._teacher_pass(noisy, angle, batch, guidance), angle)
+            by_fake = predict_clean(noisy, velocity, angle)
+        return {
+            "matching": matching_loss(fake, by_teacher, by_fake),
+            "fake_score": F.mse_loss(velocity, velocity_target(clean, noise, angle)),
+        }
+
+    def _noised_features(self, draws: Draws, clean: torch.Tensor, batch: LatentBatch) -> list[torch.Tensor]:
         """The teacher's features of clean latents, noised to an angle and by a noise of their own."""
         angle = self.settings.discriminator_angles.draw(draws, self.settings.sigma_data)
         noisy = add_noise(clean, draws.normal(clean.shape[1:]), angle)
         c, s = cosine_and_sine(angle, noisy)
-        scale = self.teacher.config.guidance_embeds_scale
-        guidance = torch.full_like(angle, scale) if embeds_guidance(self.teacher) else None
-        return self._features(
-            self.teacher, self.settings.head_blocks, noisy / (c + s), flow_time(angle), caption, mask, guidance
+        return self._features(noisy / (c + s), flow_time(angle), batch)
+
+    def _look(self, latents: torch.Tensor, time: torch.Tensor, batch: LatentBatch) -> list[torch.Tensor]:
+        teacher = self.teacher
+        guidance = torch.full_like(time, teacher.config.guidance_embeds_scale) if embeds_guidance(teacher) else None
+        residuals = self.teacher_residuals(latents, time, batch)
+        return block_features(
+            teacher, self.settings.head_blocks, latents, time, batch.caption, batch.mask, guidance, residuals
         )
 
-    def _student(
-        self, sample: torch.Tensor, angle: torch.Tensor, batch: LatentBatch, guidance: torch.Tensor
+    def _predict(
+        self,
+        network: N,
+        sample: torch.Tensor,
+        angle: torch.Tensor,
+        batch: LatentBatch,
+        guidance: torch.Tensor,
     ) -> torch.Tensor:
-        def network(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            return predict_velocity(self.student, latents, time, batch.caption, batch.mask, guidance)
+        def flow(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            return self.velocity(network, latents, time, batch, guidance)
 
-        return trigflow_velocity(network, sample, angle, sigma_data=1.0)
+        return trigflow_velocity(flow, sample, angle, sigma_data=1.0)
 
     def _differentiate(
         self,
@@ -276,16 +363,53 @@ class Distillation(Objective[SanaTransformer2DModel]):
         guidance: torch.Tensor,
         teacher_velocity: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return velocity_and_derivative(
-            lambda sample, angle: self._student(sample, angle, batch, guidance), sample, angle, teacher_velocity
-        )
+        def student(sample: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+            return self._predict(self.student, sample, angle, batch, guidance)
+
+        if not self.student.gradient_checkpointing:
+            return velocity_and_derivative(student, sample, angle, teacher_velocity)
+        # A block that is run again in the backward pass is not differentiated forwards there, so the derivative is
+        # computed in a pass of its own, which keeps nothing.
+        with torch.no_grad():
+            _, derivative = velocity_and_derivative(student, sample, angle, teacher_velocity)
+        return student(sample, angle), derivative
 
     def _teach(
         self, sample: torch.Tensor, angle: torch.Tensor, batch: LatentBatch, guidance: torch.Tensor
     ) -> torch.Tensor:
-        empty = self.data.empty_caption(len(sample))
+        def flow(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            return self.guided(latents, time, batch, guidance)
 
-        def network(latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            return guided_velocity(self.teacher, latents, time, batch, empty, guidance)
+        return trigflow_velocity(flow, sample, angle, sigma_data=1.0)
 
-        return trigflow_velocity(network, sample, angle, sigma_data=1.0)
+
+class Distillation(DistillationLosses[SanaTransformer2DModel]):
+    """A transformer is the student.
+
+    It starts from the one that is given, or from the teacher; the network for the fakes' score from the teacher.
+    """
+
+    def __init__(
+        self,
+        teacher: SanaTransformer2DModel,
+        data: LatentSource,
+        settings: DistillationSettings,
+        student: SanaTransformer2DModel | None = None,
+    ) -> None:
+        fake_score = student_of(teacher) if settings.matching_weight else None
+        super().__init__(teacher, student_of(teacher if student is None else student), fake_score, data, settings)
+
+    def velocity(
+        self,
+        network: SanaTransformer2DModel,
+        latents: torch.Tensor,
+        time: torch.Tensor,
+        batch: LatentBatch,
+        guidance: torch.Tensor,
+    ) -> torch.Tensor:
+        return predict_velocity(network, latents, time, batch.caption, batch.mask, guidance)
+
+    def guided(
+        self, latents: torch.Tensor, time: torch.Tensor, batch: LatentBatch, guidance: torch.Tensor
+    ) -> torch.Tensor:
+        return guided_velocity(self.teacher, latents, time, batch, self.data, guidance)

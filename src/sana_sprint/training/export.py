@@ -70,6 +70,14 @@ def _thinned(log: Path, most: int = 60) -> list[dict[str, Any]]:
     return entries[::-1][::stride][::-1]
 
 
+def export_network(output: Path, network: Any, record: dict[str, Any]) -> None:
+    """Write a network of diffusers alone, otherwise as `export` does."""
+    network.to(torch.bfloat16)
+    with staged(output, force=True) as folder:
+        save_network(network, folder)
+        write_json(folder / RECORD, record)
+
+
 def export(
     output: Path,
     transformer: SanaTransformer2DModel,
@@ -93,22 +101,22 @@ def export(
         ValueError: if `output` is a folder of something else.
         OSError: if there is no room.
     """
+    if pipeline is None:
+        export_network(output, transformer, record)
+        return
     transformer.to(torch.bfloat16)
     with staged(output, force=True) as folder:
-        if pipeline is None:
-            save_network(transformer, folder)
-        else:
-            save_network(transformer, folder / "transformer")
-            name = write_scheduler(folder / "scheduler", scheduler, flow_shift)
-            entries = read_json(pipeline / PIPELINE_FILE)
-            for encoder in _ENCODERS:
-                shutil.copytree(pipeline / encoder, folder / encoder)
-            index = {
-                "_class_name": _PIPELINES[scheduler],
-                "_diffusers_version": diffusers.__version__,
-                "scheduler": ["diffusers", name],
-                "transformer": ["diffusers", SanaTransformer2DModel.__name__],
-                **{encoder: entries[encoder] for encoder in _ENCODERS},
-            }
-            write_json(folder / PIPELINE_FILE, index)
+        save_network(transformer, folder / "transformer")
+        name = write_scheduler(folder / "scheduler", scheduler, flow_shift)
+        entries = read_json(pipeline / PIPELINE_FILE)
+        for encoder in _ENCODERS:
+            shutil.copytree(pipeline / encoder, folder / encoder)
+        index = {
+            "_class_name": _PIPELINES[scheduler],
+            "_diffusers_version": diffusers.__version__,
+            "scheduler": ["diffusers", name],
+            "transformer": ["diffusers", SanaTransformer2DModel.__name__],
+            **{encoder: entries[encoder] for encoder in _ENCODERS},
+        }
+        write_json(folder / PIPELINE_FILE, index)
         write_json(folder / RECORD, record)

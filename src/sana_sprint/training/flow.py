@@ -4,10 +4,11 @@ B batch, C channels, h w latent grid, L text tokens, M examples. Flow time runs 
 """
 
 import copy
-from dataclasses import dataclass, replace
+from abc import abstractmethod
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,10 @@ from sana_sprint.training.loop import Objective, Validation, train
 from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
 from sana_sprint.training.settings import LoopSettings
 from sana_sprint.transformer.model import SanaTransformer2DModel
+from sana_sprint.transformer.residuals import ControlSamples
+from sana_sprint.transformer.trunk import SanaTrunk
+
+N = TypeVar("N", bound=SanaTrunk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,12 @@ class FlowMatchingSettings:
     time_mean: float = 0.9
     use_muon: bool = True  # for the matrices of the blocks, which must be whole then: no FSDP
     compile: bool = True
+
+
+# What a run must be gone on with beside its loop's and its groups' settings; compiled or not, it goes on.
+_OWN_SETTINGS = tuple(
+    setting.name for setting in fields(FlowMatchingSettings) if setting.name not in ("optimiser", "compile")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +75,7 @@ class FlowData:
     captions: torch.Tensor  # M + 1 L width
     masks: torch.Tensor  # M + 1 L
     device: torch.device | str = "cpu"
+    controls: torch.Tensor | None = None  # M C h w, latents of what a ControlNet is shown of each picture
 
     @cached_property
     def tokens_up_to(self) -> torch.Tensor:
@@ -77,10 +89,12 @@ class FlowData:
         chosen = torch.searchsorted(self.tokens_up_to, tokens, right=True)
         texts = torch.where(draws.uniform().cpu() < caption_dropout, len(self.latents), chosen)
         clean = self.latents[chosen].to(self.device)
+        control = None if self.controls is None else self.controls[chosen].to(self.device)
         if not misaligned:
-            return LatentBatch(clean, *self._text(texts))
+            return LatentBatch(clean, *self._text(texts), control=control)
         offsets = 1 + draws.integers(len(self.latents) - 1).cpu()
-        return LatentBatch(clean, *self._text(texts), *self._text((chosen + offsets) % len(self.latents)))
+        wrong = self._text((chosen + offsets) % len(self.latents))
+        return LatentBatch(clean, *self._text(texts), *wrong, control=control)
 
     def empty_caption(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and mask of the empty caption, `size` times."""
@@ -142,20 +156,20 @@ def noisy_latents(clean: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) 
     return torch.lerp(clean, noise, time.view(-1, 1, 1, 1))
 
 
-def embeds_guidance(transformer: SanaTransformer2DModel) -> bool:
-    """Whether the guidance scale is an input of the transformer."""
-    return isinstance(transformer.time_embed, TimeGuidanceEmbedding)
+def embeds_guidance(network: SanaTrunk) -> bool:
+    """Whether the guidance scale is an input of the network."""
+    return isinstance(network.time_embed, TimeGuidanceEmbedding)
 
 
-def time_guidance_embedding(transformer: SanaTransformer2DModel) -> TimeGuidanceEmbedding:
+def time_guidance_embedding(network: SanaTrunk) -> TimeGuidanceEmbedding:
     """The module that embeds time and guidance scale.
 
     Raises:
-        ValueError: if the transformer embeds no guidance.
+        ValueError: if the network embeds no guidance.
     """
-    if not isinstance(transformer.time_embed, TimeGuidanceEmbedding):
-        raise ValueError("the transformer must embed its guidance: its config needs guidance_embeds=True")
-    return transformer.time_embed
+    if not isinstance(network.time_embed, TimeGuidanceEmbedding):
+        raise ValueError("the network must embed its guidance: its config needs guidance_embeds=True")
+    return network.time_embed
 
 
 def initialise(transformer: SanaTransformer2DModel) -> None:
@@ -176,21 +190,26 @@ def predict_velocity(
     caption: torch.Tensor,
     mask: torch.Tensor,
     guidance: torch.Tensor | None,
+    residuals: ControlSamples | None = None,
 ) -> torch.Tensor:
-    """Velocity (B, C, h, w) in float32, at guidance scales (B,) if the transformer embeds them."""
+    """Velocity (B, C, h, w) in float32, at guidance scales (B,) if the transformer embeds them.
+
+    `residuals` are what a ControlNet adds.
+    """
     return transformer(
         latents,
         encoder_hidden_states=caption,
         timestep=time,
         guidance=None if guidance is None else guidance * transformer.config.guidance_embeds_scale,
         encoder_attention_mask=mask,
+        controlnet_block_samples=residuals,
         return_dict=False,
     )[0].float()
 
 
-def block_matrices(transformer: SanaTransformer2DModel) -> list[nn.Parameter]:
+def block_matrices(network: SanaTrunk) -> list[nn.Parameter]:
     """Weights of all linear layers and 1x1 convolutions in the blocks."""
-    layers = (layer for block in transformer.transformer_blocks for layer in block.modules())
+    layers = (layer for block in network.transformer_blocks for layer in block.modules())
     return [cast(nn.Parameter, layer.weight) for layer in layers if isinstance(layer, (nn.Linear, PointwiseConv2d))]
 
 
@@ -202,49 +221,67 @@ def new_transformer(settings: FlowSettings) -> SanaTransformer2DModel:
     return transformer
 
 
-def use_training_kernels(transformer: SanaTransformer2DModel) -> None:
+def use_training_kernels(network: SanaTrunk) -> None:
     """Have attention computed as its backward pass is fast."""
-    for module in transformer.modules():
+    for module in network.modules():
         if isinstance(module, SanaAttention):
             # The backward pass of the fused kernel takes ten times as long on a CPU, for the few tokens of a caption.
             module.set_attention_backend("_native_math")  # type: ignore[operator]
 
 
-def _prepared(transformer: SanaTransformer2DModel, settings: FlowMatchingSettings) -> SanaTransformer2DModel:
+def prepared(network: N, settings: FlowMatchingSettings) -> N:
     """The same network, ready to be trained."""
-    use_training_kernels(transformer)
+    use_training_kernels(network)
     if settings.compile:
-        transformer.compile()
-    return transformer
+        network.compile()
+    return network
 
 
-class FlowObjective(Objective[SanaTransformer2DModel]):
+class FlowMatching(Objective[N]):
     """Flow matching with caption dropout: predict noise minus data (Lipman et al., 2023; Liu et al., 2023).
 
-    A transformer without a guidance embedding is trained whole.
+    Subclasses say which networks predict it, and which of them is trained: the one that is averaged.
     """
 
-    def __init__(self, transformer: SanaTransformer2DModel, data: LatentSource, settings: FlowMatchingSettings) -> None:
+    def __init__(self, data: LatentSource, settings: FlowMatchingSettings) -> None:
         super().__init__()
-        if embeds_guidance(transformer):
-            # The guidance embedding waits for its stage, and adds zero until then.
-            time_guidance_embedding(transformer).guidance_embedder.requires_grad_(False)
-        self.transformer = transformer
         self.data = data
         self.settings = settings
+
+    @abstractmethod
+    def velocity(self, latents: torch.Tensor, time: torch.Tensor, batch: LatentBatch) -> torch.Tensor:
+        """The velocity (B, C, h, w) of noisy latents at flow times (B,), in float32."""
 
     def forward(self, draws: Draws) -> dict[str, torch.Tensor]:
         batch = self.data.batch(draws, self.settings.caption_dropout)
         noise = draws.normal(batch.clean.shape[1:])
         time = draw_times(draws, self.settings.time_mean)
-        latents = noisy_latents(batch.clean, noise, time)
-        guidance = torch.ones_like(time) if embeds_guidance(self.transformer) else None
-        velocity = predict_velocity(self.transformer, latents, time, batch.caption, batch.mask, guidance)
+        velocity = self.velocity(noisy_latents(batch.clean, noise, time), time, batch)
         return {"loss": F.mse_loss(velocity, noise - batch.clean)}
 
     def groups(self) -> list[ParameterGroup]:
-        matrices = block_matrices(self.transformer) if self.settings.use_muon else []
-        return [ParameterGroup("transformer", trainable(self.transformer), self.settings.optimiser, matrices)]
+        network = self.averaged()
+        (name,) = (name for name, child in self.named_children() if child is network)
+        matrices = block_matrices(network) if self.settings.use_muon else []
+        return [ParameterGroup(name, trainable(network), self.settings.optimiser, matrices)]
+
+    def own_settings(self) -> dict[str, Any]:
+        return {name: getattr(self.settings, name) for name in _OWN_SETTINGS}
+
+
+class FlowObjective(FlowMatching[SanaTransformer2DModel]):
+    """Flow matching by a transformer; one without a guidance embedding is trained whole."""
+
+    def __init__(self, transformer: SanaTransformer2DModel, data: LatentSource, settings: FlowMatchingSettings) -> None:
+        super().__init__(data, settings)
+        if embeds_guidance(transformer):
+            # The guidance embedding waits for its stage, and adds zero until then.
+            time_guidance_embedding(transformer).guidance_embedder.requires_grad_(False)
+        self.transformer = transformer
+
+    def velocity(self, latents: torch.Tensor, time: torch.Tensor, batch: LatentBatch) -> torch.Tensor:
+        guidance = torch.ones_like(time) if embeds_guidance(self.transformer) else None
+        return predict_velocity(self.transformer, latents, time, batch.caption, batch.mask, guidance)
 
     def averaged(self) -> SanaTransformer2DModel:
         return self.transformer
@@ -260,7 +297,7 @@ def train_flow(
     validate: Validation | None = None,
 ) -> SanaTransformer2DModel:
     """Train a transformer to predict the flow's velocity from latents, time and caption; the rest is as for `train`."""
-    objective = FlowObjective(_prepared(transformer, settings), data.to(device), settings)
+    objective = FlowObjective(prepared(transformer, settings), data.to(device), settings)
     return train(objective, loop, folder, "flow", device, validate).requires_grad_(True)
 
 
@@ -323,11 +360,14 @@ class GuidanceObjective(Objective[SanaTransformer2DModel]):
     def averaged(self) -> SanaTransformer2DModel:
         return self.student
 
+    def own_settings(self) -> dict[str, Any]:
+        return {name: getattr(self.settings, name) for name in (*_OWN_SETTINGS, "guidance_range")}
+
 
 def train_guidance(
     teacher: SanaTransformer2DModel, data: LatentSource, settings: FlowSettings, folder: Path, device: torch.device
 ) -> SanaTransformer2DModel:
     """Teach a copy of a plain transformer its guidance embedding; return the copy."""
     student = copy.deepcopy(teacher).requires_grad_(True)
-    objective = GuidanceObjective(_prepared(student, settings), _prepared(teacher, settings), data.to(device), settings)
+    objective = GuidanceObjective(prepared(student, settings), prepared(teacher, settings), data.to(device), settings)
     return train(objective, settings.guidance_loop, folder, "guidance", device)

@@ -5,7 +5,7 @@ B batch, C channels, h w latent grid, L text tokens.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,18 +66,21 @@ class EmptyLatents:
     latent_shape: tuple[int, int, int]  # C h w
     text_shape: tuple[int, int]  # L width
     device: torch.device = field(default_factory=lambda: torch.device("meta"))
+    has_control: bool = False
 
     def batch(self, draws: Draws, caption_dropout: float = 0.0, misaligned: bool = False) -> LatentBatch:
         clean = torch.empty(draws.size, *self.latent_shape, device=self.device)
-        wrong = self.empty_caption(draws.size) if misaligned else (None, None)
-        return LatentBatch(clean, *self.empty_caption(draws.size), *wrong)
+        caption, mask = self.empty_caption(draws.size)
+        wrong_caption, wrong_mask = (caption, mask) if misaligned else (None, None)
+        control = torch.empty_like(clean) if self.has_control else None
+        return LatentBatch(clean, caption, mask, wrong_caption, wrong_mask, control)
 
     def empty_caption(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         caption = torch.empty(size, *self.text_shape, device=self.device)
         return caption, torch.ones(size, self.text_shape[0], dtype=torch.long, device=self.device)
 
     def to(self, device: torch.device) -> "EmptyLatents":
-        return EmptyLatents(self.latent_shape, self.text_shape, device)
+        return replace(self, device=device)
 
 
 class _Autocast(TorchFunctionMode):
@@ -154,12 +157,16 @@ def footprint(objective: Objective[Any], loop: LoopSettings) -> Footprint:
     groups = objective.groups()
     averaged = objective.averaged()
     networks = {}
+    counted: set[int] = set()
     for name, network in objective.named_children():
-        own = {id(parameter) for parameter in network.parameters()}
+        # What a network shares with an earlier one is counted there, as adapters are.
+        tensors = [tensor for tensor in _tensors(network) if id(tensor) not in counted]
+        own = {id(tensor) for tensor in tensors}
+        counted |= own
         members = [group for group in groups if any(id(parameter) in own for parameter in group.parameters)]
         networks[name] = NetworkBytes(
-            parameters=sum(parameter.numel() for parameter in network.parameters()),
-            weights=_bytes(_tensors(network)),
+            parameters=sum(parameter.numel() for parameter in network.parameters() if id(parameter) in own),
+            weights=_bytes(tensors),
             gradients=sum(_bytes(group.parameters) for group in members),
             moments=sum(_moment_bytes(group) for group in members),
             average=_bytes(_tensors(network)) if network is averaged else 0,

@@ -53,6 +53,13 @@ class Objective(nn.Module, Generic[M]):
     def averaged(self) -> M:
         """The submodule whose moving average is the result."""
 
+    def own_settings(self) -> dict[str, Any]:
+        """What the losses of a step depend on, by name, beside the loop's and the groups' settings.
+
+        A run is gone on with the same only. Values are numbers, strings, and tuples and dictionaries of these.
+        """
+        return {}
+
     def train(self, mode: bool = True) -> "Objective[M]":
         super().train(mode)
         for network in self.children():
@@ -110,11 +117,11 @@ def _check_groups(objective: nn.Module, groups: list[ParameterGroup]) -> None:
     assert sorted(grouped) == sorted(map(id, trainable(objective))), "groups and trained parameters differ"
 
 
-def _compared(settings: LoopSettings, groups: list[ParameterGroup]) -> dict[str, Any]:
-    """The settings that a run must be gone on with, by name."""
+def _compared(settings: LoopSettings, groups: list[ParameterGroup], own: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run must be gone on with, by name; `own` are the objective's."""
     loop = {name: value for name, value in asdict(settings).items() if name not in _FREE_SETTINGS}
     grouped = {f"{group.name}.{name}": value for group in groups for name, value in asdict(group.settings).items()}
-    return {**loop, **grouped}
+    return {**loop, **grouped, **own}
 
 
 class _Run(Generic[M]):
@@ -137,7 +144,7 @@ class _Run(Generic[M]):
         self.optimisers = [Optimiser(group) for group in groups]
         self.network = self.accelerator.prepare(objective, *(each.adamw for each in self.optimisers))[0]
         self.average.follow()
-        self.compared = _compared(settings, groups)
+        self.compared = _compared(settings, groups, objective.own_settings())
         self.step = 0
         self.skipped = self.skipped_in_a_row = 0
         self.best_score = float("-inf")

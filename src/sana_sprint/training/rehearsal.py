@@ -12,17 +12,24 @@ from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.shapes.questions import NUM_ANSWERS
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_prefix
 from sana_sprint.training.autoencoder import AutoencoderObjective, DecoderObjective
+from sana_sprint.training.control import ControlObjective
+from sana_sprint.training.control_distillation import ControlDistillation
+from sana_sprint.training.control_sprint import SprintControlRecipe, sprint_control_objective
+from sana_sprint.training.control_teacher import ControlRecipe, control_objective
 from sana_sprint.training.data import PicturePool
-from sana_sprint.training.distillation import Distillation, DistillationSettings
+from sana_sprint.training.distillation import Distillation, DistillationSettings, student_of
 from sana_sprint.training.draws import Draws
+from sana_sprint.training.fine_tuning import LoraRecipe, lora_objective
 from sana_sprint.training.flow import FlowObjective, GuidanceObjective, use_training_kernels
 from sana_sprint.training.footprint import EmptyLatents, Footprint, footprint
 from sana_sprint.training.language import CaptionBatch, ReadingModel
 from sana_sprint.training.loop import Objective
 from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
 from sana_sprint.training.recipes.shapes import ShapesRecipe
+from sana_sprint.training.recipes.shapes_control import ShapesControlRecipe
 from sana_sprint.training.sprint import SprintRecipe, sprint_objective
 from sana_sprint.training.teacher import TeacherRecipe, make_teacher
+from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 # Of a caption in a cache, at most: what pipelines read.
@@ -34,19 +41,24 @@ def rehearse(recipe: Any, config: dict[str, Any]) -> dict[str, Footprint]:
 
     Args:
         recipe: one of `training.recipes`.
-        config: of the transformer that a teacher's or a Sprint recipe starts from; the shapes recipe has its own.
+        config: of the transformer that any other recipe than that of shapes starts from.
     """
     with torch.device("meta"):
         if isinstance(recipe, ShapesRecipe):
             return _shapes(recipe)
         transformer = _transformer(config)
+        if isinstance(recipe, ShapesControlRecipe | ControlRecipe | SprintControlRecipe):
+            return _control(recipe, transformer)
         data = _latents(transformer, _TEXT_TOKENS)
         if isinstance(recipe, TeacherRecipe):
             teacher = make_teacher(recipe, transformer)
             use_training_kernels(teacher)
             return {"flow": footprint(FlowObjective(teacher, data, recipe.flow), recipe.loop)}
+        if isinstance(recipe, LoraRecipe):
+            objective = lora_objective(recipe, transformer, data, None if recipe.prior is None else data)
+            return {"adapters": footprint(objective, recipe.loop)}
         assert isinstance(recipe, SprintRecipe)
-        uncompiled = replace(recipe, distillation=replace(recipe.distillation, compile=False))
+        uncompiled = replace(recipe, distillation=_uncompiled(recipe.distillation))
         return {"distillation": footprint(sprint_objective(uncompiled, transformer, data), recipe.loop)}
 
 
@@ -60,6 +72,31 @@ def _latents(transformer: SanaTransformer2DModel, num_tokens: int) -> EmptyLaten
     config = transformer.config
     latent_shape = (config.in_channels, config.sample_size, config.sample_size)
     return EmptyLatents(latent_shape, (num_tokens, config.caption_channels))
+
+
+def _uncompiled(settings: DistillationSettings) -> DistillationSettings:
+    return replace(settings, compile=False)
+
+
+def _control(
+    recipe: ShapesControlRecipe | ControlRecipe | SprintControlRecipe, transformer: SanaTransformer2DModel
+) -> dict[str, Footprint]:
+    """Of a recipe for ControlNets."""
+    num_tokens = recipe.max_caption_tokens if isinstance(recipe, ShapesControlRecipe) else _TEXT_TOKENS
+    data = replace(_latents(transformer, num_tokens), has_control=True)
+    control = SanaControlNetModel.from_transformer(transformer, recipe.num_layers)
+    use_training_kernels(control)
+    if isinstance(recipe, ControlRecipe):
+        return {"control": footprint(control_objective(recipe, transformer, data), recipe.loop)}
+    student = student_of(transformer)
+    if isinstance(recipe, SprintControlRecipe):
+        uncompiled = replace(recipe, distillation=_uncompiled(recipe.distillation))
+        objective = sprint_control_objective(uncompiled, transformer, control, student, data)
+        return {"control distillation": footprint(objective, recipe.loop)}
+    first = ControlObjective(transformer, control, data, recipe.control)
+    stages = {"control": footprint(first, recipe.control_loop)}
+    second = ControlDistillation(transformer, control, student, data, _uncompiled(recipe.distillation))
+    return {**stages, "control distillation": footprint(second, recipe.distillation_loop)}
 
 
 class _EmptyPictures(PicturePool):
@@ -124,7 +161,7 @@ def _shapes(recipe: ShapesRecipe) -> dict[str, Footprint]:
     reading = _Reading(_reading_model(recipe), lengths, recipe.language.optimiser)
 
     def student(settings: DistillationSettings) -> Distillation:
-        return Distillation(_transformer(flow.config), data, replace(settings, compile=False))
+        return Distillation(_transformer(flow.config), data, _uncompiled(settings))
 
     return {
         "autoencoder": footprint(AutoencoderObjective(vae(), pool, vae_settings), vae_settings.loop),

@@ -1,7 +1,4 @@
-"""A flow teacher and a cache of latents to a SANA-Sprint checkpoint that draws in one to four steps.
-
-B batch, C channels, h w latent grid.
-"""
+"""A flow teacher and a cache of latents to a SANA-Sprint checkpoint that draws in one to four steps."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +7,7 @@ import torch
 from accelerate import PartialState
 
 from sana_sprint.training.datasets.captions import CaptionChoice
-from sana_sprint.training.datasets.source import LatentBatch, LatentSource
+from sana_sprint.training.datasets.source import LatentSource
 from sana_sprint.training.distillation import Distillation, DistillationSettings
 from sana_sprint.training.export import export, record_of
 from sana_sprint.training.loop import Validation, train
@@ -18,7 +15,7 @@ from sana_sprint.training.origin import Origin, open_cache
 from sana_sprint.training.settings import LoopSettings, Precision
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
-_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 PROMPTS = (
     "a tiny astronaut hatching from an egg on the moon",
@@ -55,35 +52,25 @@ class SprintRecipe:
 
 
 class CheckpointedDistillation(Distillation):
-    """The same losses in less memory: networks keep what goes into their blocks alone, and run these again.
+    """The same losses in less memory: networks keep what goes into their blocks alone, and run these again."""
 
-    A block that is run again in the backward pass is not differentiated forwards there, so the student's derivative is
-    computed in a pass of its own, which keeps nothing.
-    """
-
-    def __init__(self, teacher: SanaTransformer2DModel, data: LatentSource, settings: DistillationSettings) -> None:
-        super().__init__(teacher, data, settings)
-        for network in (self.teacher, self.student):
-            network.enable_gradient_checkpointing()
-
-    def _differentiate(
+    def __init__(
         self,
-        sample: torch.Tensor,
-        angle: torch.Tensor,
-        batch: LatentBatch,
-        guidance: torch.Tensor,
-        teacher_velocity: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            _, derivative = super()._differentiate(sample, angle, batch, guidance, teacher_velocity)
-        return self._student(sample, angle, batch, guidance), derivative
+        teacher: SanaTransformer2DModel,
+        data: LatentSource,
+        settings: DistillationSettings,
+        student: SanaTransformer2DModel | None = None,
+    ) -> None:
+        super().__init__(teacher, data, settings, student)
+        for network in self.trunks():
+            network.enable_gradient_checkpointing()
 
 
 def sprint_objective(recipe: SprintRecipe, teacher: SanaTransformer2DModel, data: LatentSource) -> Distillation:
     """What a recipe trains; the teacher, given in float32, is cast once the student has been copied from it."""
     kind = CheckpointedDistillation if recipe.gradient_checkpointing else Distillation
     objective = kind(teacher, data, recipe.distillation)
-    objective.teacher.to(_DTYPES[recipe.teacher_dtype])
+    objective.teacher.to(DTYPES[recipe.teacher_dtype])
     return objective
 
 

@@ -43,7 +43,7 @@ def velocity_and_derivative(
         velocity, derivative = forward_ad.unpack_dual(result)
         # A view of a dual tensor must not leave the level; a network that depends on neither has no derivative.
         velocity = velocity.clone()
-        derivative = torch.zeros_like(velocity) if derivative is None else derivative.detach().clone()
+        derivative = torch.zeros_like(velocity) if derivative is None else derivative.clone()
     return velocity, derivative.detach()
 
 
@@ -73,14 +73,18 @@ def consistency_tangent(
     return (tangent / (length + TANGENT_NORM_OFFSET)).detach()
 
 
+def tangent_error(velocity: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+    """|F - F_stopped - g|^2 (B,): in value that of the tangent g, and its gradient moves F along g."""
+    return (velocity - velocity.detach() - tangent).flatten(1).square().sum(1)
+
+
 def consistency_loss(
     velocity: torch.Tensor, tangent: torch.Tensor, angle: torch.Tensor, log_variance: torch.Tensor
 ) -> torch.Tensor:
-    """The loss (B,) of each sample: |F - F_stopped - g|^2 / tan(t), weighed by a variance that is learned with it.
+    """The loss (B,) of each sample: `tangent_error` / tan(t), weighed by a variance that is learned with it.
 
-    In value, the difference is the tangent g; its gradient moves F along g. `log_variance` (B,) learns the size of the
-    rest, so that all angles count alike: e^-v loss + v. Squares are summed, where sCM takes their mean: it differs by a
-    constant that v would have to learn first, and starts near 0 so.
+    `log_variance` (B,) learns the size of the rest, so that all angles count alike: e^-v loss + v. Squares are summed,
+    where sCM takes their mean: it differs by a constant that v would have to learn first, and starts near 0 so.
     """
-    error = (velocity - velocity.detach() - tangent).flatten(1).square().sum(1)
+    error = tangent_error(velocity, tangent)
     return error / torch.tan(angle) * torch.exp(-log_variance) + log_variance

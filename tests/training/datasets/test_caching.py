@@ -10,9 +10,11 @@ import torch
 import webdataset
 
 from sana_sprint import SanaSprintPipeline
+from sana_sprint.conditioning.edges import edges
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana_sprint.training.data import to_tensor
 from sana_sprint.training.datasets.cache_files import CacheDescription
+from sana_sprint.training.datasets.cached import CachedLatents
 from sana_sprint.training.datasets.caching import CacheSettings, cache_latents
 from sana_sprint.training.datasets.image_text import ImageTextDataset
 
@@ -215,3 +217,39 @@ def test_sizes_that_the_autoencoder_cannot_take_are_refused_at_once(source, enco
     with pytest.raises(ValueError, match="multiples of 8, got 60x64"):
         cache_latents(dataset, encoder, tmp_path / "cache", SETTINGS)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_holds_the_latents_of_each_pictures_edges_if_asked_for(dataset, encoder, tmp_path, place):
+    pytest.importorskip("cv2", reason="OpenCV is not installed: pip install 'sana-sprint[control]'")
+    cache_latents(dataset, encoder, tmp_path / "cache", replace(SETTINGS, control="edges"))
+    found = cached(tmp_path / "cache")
+    for number, files in enumerate(found[key] for key in sorted(found)):
+        (wanted,) = encoder.latents([np.asarray(edges(dataset[number].content))])
+        # Read in other batches, so rounded in another way.
+        np.testing.assert_allclose(files["control.npy"], wanted, atol=4e-3)
+    source = CachedLatents(tmp_path / "cache")
+    assert source.control == "edges"
+    batch = source.batch(place(0))
+    by_content = {files["npy"].tobytes(): files["control.npy"] for files in found.values()}
+    for clean, control in zip(batch.clean, batch.control, strict=True):
+        assert np.array_equal(control.half().numpy(), by_content[clean.half().numpy().tobytes()])
+
+    cache_latents(dataset, encoder, tmp_path / "without", SETTINGS)
+    without = CachedLatents(tmp_path / "without")
+    assert without.control is None
+    assert without.batch(place(0)).control is None
+    with pytest.raises(ValueError, match=r"made with other settings \(control\)"):
+        cache_latents(dataset, encoder, tmp_path / "without", replace(SETTINGS, control="edges"))
+    with pytest.raises(ValueError, match="no control is named 'fog'"):
+        cache_latents(dataset, encoder, tmp_path / "fog", replace(SETTINGS, control="fog"))
+    assert not (tmp_path / "fog").exists()
+
+
+def test_latents_have_no_edges(encoder, array, picture, write_files, bins, tmp_path):
+    pytest.importorskip("cv2", reason="OpenCV is not installed: pip install 'sana-sprint[control]'")
+    latents = np.random.default_rng(0).standard_normal((4, 6, 12)).astype(np.float32)
+    source = {"a": {"npy": array(latents), "txt": b"a cat"}, "b": {"png": picture(64, 64), "txt": b"a cat"}}
+    dataset = ImageTextDataset(write_files(tmp_path / "mixed", source), bins)
+    report = cache_latents(dataset, encoder, tmp_path / "cache", replace(SETTINGS, control="edges"))
+    assert report.num_written == 1
+    assert report.skipped.reasons == {"a.npy": "holds latents, and nothing can be drawn after those"}

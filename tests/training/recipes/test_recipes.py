@@ -21,7 +21,7 @@ def test_every_recipe_is_found_with_dots_dashes_and_underscores(name):
 
 
 def test_what_is_no_recipe_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match=r"no recipe 'sprint': choose from shapes, teacher_0.6b_1024, .*sprint_1.6b"):
+    with pytest.raises(ValueError, match=r"no recipe 'sprint': choose from shapes, shapes_control, .*sprint_1.6b"):
         recipe_name("sprint")
 
 
@@ -48,3 +48,10 @@ def test_the_times_of_a_teacher_are_a_shifted_logit_normal():
     # As published: the logistic of a standard normal, then shifted by 3.
     torch.testing.assert_close(draw_times(again, recipe.flow.time_mean), 3 * time / (1 + 2 * time))
     assert recipe.flow.time_mean == math.log(3)
+
+
+def test_a_control_net_is_distilled_with_the_settings_of_its_model():
+    sprint, control = find_recipe("sprint_1.6b_1024"), find_recipe("sprint_control_1.6b_1024")
+    assert (control.distillation, control.loop, control.teacher) == (sprint.distillation, sprint.loop, sprint.teacher)
+    assert control.student == sprint.published
+    assert find_recipe("control_1.6b_1024").teacher == sprint.teacher

@@ -1,9 +1,10 @@
 """How a cache of latents and text features lies on disk: the names of its files, and what they were made from.
 
 A cache is a folder of tar shards. Every example has its latents (.npy, C h w), the features of each of its captions
-(.text0.npy, .text1.npy, .., tokens and width), and .json with its name, captions and scores. Arrays are float16: every
-library reads it, latents are of unit size and need its 11 bits more than bfloat16's range, and what a text encoder
-computes in bfloat16 fits in without loss.
+(.text0.npy, .text1.npy, .., tokens and width), and .json with its name, captions and scores; for a ControlNet, also the
+latents of the picture's edges, or whatever that is shown (.control.npy, C h w). Arrays are float16: every library reads
+it, latents are of unit size and need its 11 bits more than bfloat16's range, and what a text encoder computes in
+bfloat16 fits in without loss.
 """
 
 import hashlib
@@ -52,6 +53,7 @@ class CacheDescription:
     size: int  # pixels, of the square picture
     captions_tokens: int
     dtype: str
+    control: str | None = None  # what a ControlNet is shown of each picture
     format: int = FORMAT_VERSION
 
     @property

@@ -16,7 +16,7 @@ from sana_sprint.training.datasets.arrays import array_shape, read_array
 from sana_sprint.training.datasets.cache_files import CacheDescription, empty_text_path, text_ending
 from sana_sprint.training.datasets.captions import CaptionChoice, read_captions
 from sana_sprint.training.datasets.order import BucketOrder, first_good, places, read_part
-from sana_sprint.training.datasets.records import LATENT_ENDING, Record, Span
+from sana_sprint.training.datasets.records import CONTROL_ENDING, LATENT_ENDING, Record, Span
 from sana_sprint.training.datasets.shards import shard_records
 from sana_sprint.training.datasets.skipped import Skipped
 from sana_sprint.training.datasets.source import LatentBatch
@@ -29,7 +29,7 @@ class CachedLatents:
     """A `LatentSource` on what `cache_latents` has written.
 
     A batch holds latents of one shape. What is damaged is skipped, and the next good example takes its place: `skipped`
-    says what and why.
+    says what and why. `control` says what a ControlNet is shown of each picture, None for nothing.
 
     Args:
         folder: Of the cache, finished.
@@ -43,6 +43,7 @@ class CachedLatents:
 
     def __init__(self, folder: Path, choice: CaptionChoice = _ALL_ALIKE, device: torch.device | str = "cpu") -> None:
         description = CacheDescription.read(folder)
+        self.control = description.control
         paths = [description.shard_path(folder, shard) for shard in range(description.num_shards)]
         missing = [path for path in [empty_text_path(folder), *paths] if not path.is_file()]
         if missing:
@@ -82,10 +83,12 @@ class CachedLatents:
         size = draws.size * draws.parts
         caption_draws, is_dropped = draws.rng.random(size), draws.rng.random(size) < caption_dropout
         found = read_part(self.order, lambda place, index: self._attempt(index, caption_draws[place]), draws)
-        clean = torch.from_numpy(np.stack([latent for _, (latent, _) in found])).to(self.device).float()
+        kinds = zip(*(arrays for _, (arrays, _) in found), strict=True)
+        clean, *controls = (torch.from_numpy(np.stack(arrays)).to(self.device).float() for arrays in kinds)
+        control = controls[0] if controls else None
         texts = [self.empty if is_dropped[place] else text for place, (_, (_, text)) in zip(places(draws), found)]
         if not misaligned:
-            return LatentBatch(clean, *self._padded(texts))
+            return LatentBatch(clean, *self._padded(texts), control=control)
 
         wrong_draws, offsets = draws.rng.random(size), draws.rng.random(size)
         wrong = [
@@ -94,11 +97,14 @@ class CachedLatents:
         ]
         embeds, mask = self._padded([*texts, *wrong])
         (caption, wrong_caption), (mask, wrong_mask) = embeds.chunk(2), mask.chunk(2)
-        return LatentBatch(clean, caption, mask, wrong_caption, wrong_mask)
+        return LatentBatch(clean, caption, mask, wrong_caption, wrong_mask, control)
 
-    def _attempt(self, index: int, draw: float) -> tuple[np.ndarray, torch.Tensor] | None:
-        latent, text = self._array(self.records[index], LATENT_ENDING, 3), self._text(index, draw)
-        return None if latent is None or text is None else (latent, text)
+    def _attempt(self, index: int, draw: float) -> tuple[list[np.ndarray], torch.Tensor] | None:
+        """Latents (C, h, w), those of the control behind the picture's, and text features."""
+        endings = (LATENT_ENDING, CONTROL_ENDING) if self.control else (LATENT_ENDING,)
+        read = [self._array(self.records[index], ending, 3) for ending in endings]
+        arrays, text = [array for array in read if array is not None], self._text(index, draw)
+        return None if text is None or len(arrays) < len(endings) else (arrays, text)
 
     def _text(self, index: int, draw: float) -> torch.Tensor | None:
         """Features (tokens, width) of one of an example's captions."""

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
+from sana_sprint.conditioning.table import control_named
 from sana_sprint.files import write_whole
 from sana_sprint.training.datasets.arrays import is_finite, to_bytes
 from sana_sprint.training.datasets.cache_files import (
@@ -26,7 +27,7 @@ from sana_sprint.training.datasets.cache_files import (
 )
 from sana_sprint.training.datasets.encoding import ExampleEncoder
 from sana_sprint.training.datasets.image_text import ImageTextDataset, ImageTextExample
-from sana_sprint.training.datasets.records import LATENT_ENDING
+from sana_sprint.training.datasets.records import CONTROL_ENDING, LATENT_ENDING
 from sana_sprint.training.datasets.shards import write_shard
 from sana_sprint.training.datasets.skipped import Skipped
 
@@ -45,6 +46,8 @@ class CacheSettings:
         size: Of the square picture, in pixels.
         examples_per_shard: About half a megabyte each, at 1024 pixels.
         batch_size: Pictures, and captions, that are encoded at once.
+        control: What a ControlNet is shown of each picture, one of `conditioning.table.CONTROLS`, for its latents; None
+            for nothing.
         part, parts: Which of several processes this is; each makes shards of its own.
     """
 
@@ -52,6 +55,7 @@ class CacheSettings:
     size: int
     examples_per_shard: int = 500
     batch_size: int = 8
+    control: str | None = None
     part: int = 0
     parts: int = 1
 
@@ -101,10 +105,11 @@ def _save_skipped(path: Path, skipped: Skipped) -> None:
 class _ShardMaker:
     """The examples of one shard after the other, read, encoded and as files."""
 
-    def __init__(self, dataset: ImageTextDataset, encoder: ExampleEncoder, batch_size: int) -> None:
+    def __init__(self, dataset: ImageTextDataset, encoder: ExampleEncoder, settings: CacheSettings) -> None:
         self.dataset = dataset
         self.encoder = encoder
-        self.batch_size = batch_size
+        self.batch_size = settings.batch_size
+        self.control = None if settings.control is None else control_named(settings.control)
         self.report = CacheReport(dataset.skipped)
 
     def write(self, indices: range, bar: tqdm, list_path: Path, path: Path) -> None:
@@ -115,9 +120,10 @@ class _ShardMaker:
     def files(self, indices: range, bar: tqdm) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Key and files of every example that can be read; moves the bar on for every one that was tried."""
         for batch in _batches(self._readable(indices, bar), self.batch_size):
-            for (index, example), latent, texts in zip(batch, self._latents(batch), self._texts(batch), strict=True):
+            encoded = zip(batch, self._latents(batch), self._texts(batch), self._controls(batch), strict=True)
+            for (index, example), latent, texts, control in encoded:
                 bar.update()
-                if not all(map(is_finite, [latent, *texts])):
+                if not all(map(is_finite, [latent, *texts, *control.values()])):
                     self.report.skipped.add(example.name, "its encoding holds numbers that are not finite in float16")
                     continue
                 self.report.num_written += 1
@@ -130,6 +136,7 @@ class _ShardMaker:
                     f"{index:09d}",
                     {
                         LATENT_ENDING: to_bytes(latent),
+                        **{ending: to_bytes(array) for ending, array in control.items()},
                         **{text_ending(place): to_bytes(text) for place, text in enumerate(texts)},
                         "json": json.dumps(described, ensure_ascii=False).encode(),
                     },
@@ -141,6 +148,9 @@ class _ShardMaker:
             if example is not None and example.is_latent and len(example.content) != channels:
                 shape = "x".join(map(str, example.content.shape))
                 self.report.skipped.add(example.name, f"latents must have {channels} channels, got {shape}")
+                example = None
+            if example is not None and example.is_latent and self.control is not None:
+                self.report.skipped.add(example.name, "holds latents, and nothing can be drawn after those")
                 example = None
             if example is None:
                 bar.update()
@@ -154,6 +164,13 @@ class _ShardMaker:
             return self.encoder.latents(contents)
         with np.errstate(over="ignore"):  # noticed as not finite
             return np.stack(contents).astype(np.float16)
+
+    def _controls(self, batch: list[Numbered]) -> list[dict[str, np.ndarray]]:
+        """What a ControlNet is shown of each example, if anything: latents (C, h, w) by the ending of their file."""
+        if self.control is None:
+            return [{} for _ in batch]
+        drawings = [np.asarray(self.control(example.content)) for _, example in batch]
+        return [{CONTROL_ENDING: latent} for latent in self.encoder.latents(drawings)]
 
     def _texts(self, batch: list[Numbered]) -> list[list[np.ndarray]]:
         """The features of all captions of each example."""
@@ -187,9 +204,10 @@ def cache_latents(
 
     Raises:
         ValueError: if `output` is a cache that was made in another way or from something else, if the pictures' sizes
-            do not fit the autoencoder, or if nothing could be read.
+            do not fit the autoencoder, for an unknown control, or if nothing could be read.
     """
     _check_sizes(dataset, encoder)
+    maker = _ShardMaker(dataset, encoder, settings)
     description = CacheDescription(
         model=settings.model,
         source=source_fingerprint(dataset.records),
@@ -198,13 +216,13 @@ def cache_latents(
         size=settings.size,
         captions_tokens=encoder.captions_tokens,
         dtype=str(encoder.dtype).removeprefix("torch."),
+        control=settings.control,
     )
     description.claim(output, settings.part)
     if settings.part == 0 and not empty_text_path(output).exists():
         content = to_bytes(encoder.empty_text())
         write_whole(empty_text_path(output), lambda unfinished: unfinished.write_bytes(content))
 
-    maker = _ShardMaker(dataset, encoder, settings.batch_size)
     report, written = maker.report, []
     list_path = skipped_path(output, settings.part, settings.parts)
     shards = range(settings.part, description.num_shards, settings.parts)

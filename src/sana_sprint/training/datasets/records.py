@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 LATENT_ENDING = "npy"
+CONTROL_ENDING = "control.npy"  # latents of what a ControlNet is shown of a picture
 # Of what is learned from, in the order of preference, where an example has several.
 CONTENT_ENDINGS = (LATENT_ENDING, "png", "jpg", "jpeg", "webp")
 

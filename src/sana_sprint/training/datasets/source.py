@@ -21,6 +21,8 @@ class LatentBatch:
     # A caption of another example for each, as a discriminator is shown that what does not belong together is wrong.
     wrong_caption: torch.Tensor | None = None  # B L width
     wrong_mask: torch.Tensor | None = None  # B L
+    # Latents of what a ControlNet is shown of each picture, its edges for example.
+    control: torch.Tensor | None = None  # B C h w
 
 
 class LatentSource(Protocol):

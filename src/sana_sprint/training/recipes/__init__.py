@@ -3,7 +3,17 @@
 from importlib import import_module
 from typing import Any
 
-NAMES = ("shapes", "teacher_0.6b_1024", "teacher_1.6b_1024", "sprint_0.6b_1024", "sprint_1.6b_1024")
+NAMES = (
+    "shapes",
+    "shapes_control",
+    "teacher_0.6b_1024",
+    "teacher_1.6b_1024",
+    "sprint_0.6b_1024",
+    "sprint_1.6b_1024",
+    "control_1.6b_1024",
+    "sprint_control_1.6b_1024",
+    "lora",
+)
 
 
 def recipe_name(text: str) -> str:
@@ -19,7 +29,7 @@ def recipe_name(text: str) -> str:
 
 
 def find_recipe(text: str) -> Any:
-    """The settings of a recipe by its name: a `ShapesRecipe`, `TeacherRecipe` or `SprintRecipe`.
+    """The settings of a recipe by its name: a `ShapesRecipe`, `TeacherRecipe`, `SprintRecipe`, `LoraRecipe`, ..
 
     Raises:
         ValueError: if there is no such recipe.

@@ -1,0 +1,101 @@
+"""Both stages of the shapes world's ControlNet, run end to end with few steps on the embedded checkpoint."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sana_sprint import AutoencoderDC, SanaControlNetModel
+from sana_sprint.assets import embedded_checkpoint
+from sana_sprint.conditioning.edges import edges
+from sana_sprint.shapes.captions import are_words_held_out, is_held_out, parse
+from sana_sprint.training.autoencoder import encode_pictures
+from sana_sprint.training.data import picture_pool
+from sana_sprint.training.origin import Origin
+from sana_sprint.training.recipes.shapes_control import RECIPE, shortened
+from sana_sprint.training.shapes_control import ShapesControlTraining
+from sana_sprint.transformer.model import SanaTransformer2DModel
+
+pytest.importorskip("cv2", reason="OpenCV is not installed: pip install 'sana-sprint[control]'")
+
+SHORT = shortened(RECIPE, steps=2, num_pictures=32, batch_size=4)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def training(folder, recipe=SHORT):
+    # The checkpoint's transformer stands for the teacher too.
+    return ShapesControlTraining(folder, recipe, Origin.find(str(embedded_checkpoint())), embedded_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which both stages have run, and the folder of the result."""
+    folder = tmp_path_factory.mktemp("control")
+    return folder, training(folder).run()
+
+
+def test_the_result_loads_alone_is_below_four_megabytes_and_says_how_it_was_made(trained):
+    _, result = trained
+    control = SanaControlNetModel.from_pretrained(result)
+    assert {weight.dtype for weight in load_file(result / WEIGHTS).values()} == {torch.bfloat16}
+    assert control.config.num_layers == RECIPE.num_layers
+    assert sum(path.stat().st_size for path in result.iterdir()) < 4e6
+    record = json.loads((result / "training.json").read_text())
+    assert {stage: losses[-1]["step"] for stage, losses in record["losses"].items()} == {
+        "control": 2,
+        "distillation": 2,
+    }
+
+
+def test_one_block_more_would_be_too_large():
+    transformer = SanaTransformer2DModel.from_pretrained(embedded_checkpoint() / "transformer")
+    sizes = [
+        2 * sum(weight.numel() for weight in SanaControlNetModel.from_transformer(transformer, layers).parameters())
+        for layers in (RECIPE.num_layers, RECIPE.num_layers + 1)
+    ]
+    assert sizes[0] < 4e6 < sizes[1]
+
+
+def test_each_stage_moves_what_the_one_before_has_left_and_a_second_run_changes_nothing(trained):
+    folder, result = trained
+    first, second = (
+        SanaControlNetModel.from_pretrained(folder / stage / "controlnet") for stage in ("control", "distillation")
+    )
+    assert first.controlnet_blocks[0].weight.any()
+    assert not torch.equal(first.controlnet_blocks[0].weight, second.controlnet_blocks[0].weight)
+    before = (result / WEIGHTS).read_bytes()
+    training(folder).run()
+    assert (result / WEIGHTS).read_bytes() == before
+
+
+def test_the_data_are_pictures_with_their_own_edges(trained):
+    folder, _ = trained
+    data = training(folder).data()
+    pool = picture_pool(folder / "pool", SHORT.num_pictures, SHORT.picture_size, SHORT.pool_seed)
+    vae = AutoencoderDC.from_pretrained(embedded_checkpoint() / "vae", torch_dtype=torch.float32).eval()
+    drawing = np.array(edges(pool.pictures[5]))[None]
+    wanted = encode_pictures(vae, drawing) * vae.config.scaling_factor
+    torch.testing.assert_close(data.controls[5:6], wanted, rtol=1e-4, atol=1e-4)  # float32, in another batch
+    assert len(data.latents) == len(data.controls) == SHORT.num_pictures
+    assert len(data.captions) == SHORT.num_pictures + 1
+
+
+def test_captions_of_training_are_not_held_out_and_some_name_colours_only(tmp_path):
+    captions = training(tmp_path, replace(SHORT, num_pictures=400)).captions()
+    by_colours = [caption for caption in captions if is_by_colours(caption)]
+    # Four standard deviations of a share of 0.6.
+    assert len(by_colours) / 400 == pytest.approx(RECIPE.colour_caption_share, abs=0.1)
+    assert not any(are_words_held_out(caption) for caption in by_colours)
+    assert not any(is_held_out(caption) for caption in captions if not is_by_colours(caption))
+
+
+def is_by_colours(caption: str) -> bool:
+    """Whether a caption names no shape, and so cannot be read."""
+    try:
+        parse(caption)
+    except ValueError:
+        return True
+    return False
