@@ -11,7 +11,10 @@ _HOMES = {
     "AutoencoderDC": "sana_sprint.autoencoder.model",
     "SCMScheduler": "sana_sprint.trigflow.scheduler",
     "SanaControlNetModel": "sana_sprint.transformer.control",
+    "SanaMultiControlNetModel": "sana_sprint.pipelines.multi_control",
     "SanaPipelineOutput": "sana_sprint.pipelines.output",
+    "SanaSprintControlNetImg2ImgPipeline": "sana_sprint.pipelines.control_image_to_image",
+    "SanaSprintControlNetPipeline": "sana_sprint.pipelines.control_to_image",
     "SanaSprintImg2ImgPipeline": "sana_sprint.pipelines.image_to_image",
     "SanaSprintInpaintPipeline": "sana_sprint.pipelines.inpaint",
     "SanaSprintPipeline": "sana_sprint.pipelines.text_to_image",
@@ -29,7 +32,10 @@ __all__ = [
     "AutoencoderDC",
     "SCMScheduler",
     "SanaControlNetModel",
+    "SanaMultiControlNetModel",
     "SanaPipelineOutput",
+    "SanaSprintControlNetImg2ImgPipeline",
+    "SanaSprintControlNetPipeline",
     "SanaSprintImg2ImgPipeline",
     "SanaSprintInpaintPipeline",
     "SanaSprintPipeline",
@@ -49,8 +55,11 @@ if TYPE_CHECKING:
     from sana_sprint.autoencoder.model import AutoencoderDC
     from sana_sprint.memory.loading import load_pipeline
     from sana_sprint.pipelines.compiling import compile_pipeline
+    from sana_sprint.pipelines.control_image_to_image import SanaSprintControlNetImg2ImgPipeline
+    from sana_sprint.pipelines.control_to_image import SanaSprintControlNetPipeline
     from sana_sprint.pipelines.image_to_image import SanaSprintImg2ImgPipeline
     from sana_sprint.pipelines.inpaint import SanaSprintInpaintPipeline
+    from sana_sprint.pipelines.multi_control import SanaMultiControlNetModel
     from sana_sprint.pipelines.output import SanaPipelineOutput
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
     from sana_sprint.plugin import register, unregister

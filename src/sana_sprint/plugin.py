@@ -35,8 +35,13 @@ CLASSES = {
         "sana_sprint.pipelines.image_to_image", "diffusers.pipelines.sana.pipeline_sana_sprint_img2img"
     ),
 }
-# Pipelines that diffusers has no class for.
-ADDITIONS = {"SanaSprintInpaintPipeline": "sana_sprint.pipelines.inpaint"}
+# Classes of ours that diffusers has none for.
+ADDITIONS = {
+    "SanaMultiControlNetModel": "sana_sprint.pipelines.multi_control",
+    "SanaSprintControlNetImg2ImgPipeline": "sana_sprint.pipelines.control_image_to_image",
+    "SanaSprintControlNetPipeline": "sana_sprint.pipelines.control_to_image",
+    "SanaSprintInpaintPipeline": "sana_sprint.pipelines.inpaint",
+}
 
 # What diffusers' tables of automatic pipelines get from us, by the names of the tables.
 AUTO_PIPELINES = {
@@ -87,8 +92,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_entry(value: Any) -> bool:
-    """Whether a value of model_index.json names a component, as [library, class]."""
-    return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], str) and value[1] in CLASSES
+    """Whether a value of model_index.json names a component that we have, as [library, class]."""
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], str)
+    return is_pair and (value[1] in CLASSES or value[1] in ADDITIONS)
 
 
 def _from_here(value: Any) -> Any:
@@ -97,9 +103,12 @@ def _from_here(value: Any) -> Any:
 
 
 def _as_published(value: Any) -> Any:
-    """The same value, with a component of ours called diffusers', where every reader finds one of that name."""
+    """The same value, with a component of ours called diffusers', where every reader finds one of that name.
+
+    One that diffusers has no class for is called this module's, wherever it is defined.
+    """
     is_ours = _is_entry(value) and str(value[0]).partition(".")[0] == __name__.partition(".")[0]
-    return ("diffusers", value[1]) if is_ours else value
+    return ("diffusers" if value[1] in CLASSES else __name__, value[1]) if is_ours else value
 
 
 class _Unchanged:

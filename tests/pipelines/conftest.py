@@ -10,10 +10,13 @@ import diffusers.pipelines.sana.pipeline_sana_sprint_img2img as their_image_pipe
 import diffusers.schedulers.scheduling_scm as their_scheduler
 import pytest
 import torch
+from control_calls import BASES, ring
 from diffusers import PipelineQuantizationConfig
 from wide_text import wide_text_encoder
 
 from sana_sprint import (
+    SanaSprintControlNetImg2ImgPipeline,
+    SanaSprintControlNetPipeline,
     SanaSprintImg2ImgPipeline,
     SanaSprintInpaintPipeline,
     SanaSprintPipeline,
@@ -167,3 +170,42 @@ def draw(short):
         return pipeline(**asked, generator=torch.Generator().manual_seed(0)).images.float().cpu()
 
     return picture_of
+
+
+@pytest.fixture(params=BASES, ids=["text", "image"])
+def control_kind(request) -> type:
+    return request.param
+
+
+@pytest.fixture
+def beginning(control_kind, pictures) -> dict[str, Any]:
+    """What that pipeline starts from, if from anything."""
+    return {"image": pictures[0], "strength": 0.7} if control_kind is SanaSprintControlNetImg2ImgPipeline else {}
+
+
+@pytest.fixture
+def make_controlled(tiny_pipeline_parts):
+    """Makes a pipeline of copies of the tiny components, with an open ControlNet unless another is given."""
+
+    def pipeline_of(control_kind: type = SanaSprintControlNetPipeline, controlnet: Any = None, **parts: Any) -> Any:
+        from tiny_control import open_control
+
+        copies = {name: deepcopy(part) for name, part in {**tiny_pipeline_parts, **parts}.items()}
+        if control_kind in BASES:
+            copies["controlnet"] = open_control(copies["transformer"]).eval() if controlnet is None else controlnet
+        pipeline = control_kind(**copies)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return pipeline_of
+
+
+@pytest.fixture
+def sketch(short, seeded):
+    """Draws latents of one prompt after a ring, always from the same seed."""
+
+    def latents_of(pipeline: Any, **arguments: Any) -> torch.Tensor:
+        drawing = {"control_image": ring()} if hasattr(pipeline, "controlnet") else {}
+        return pipeline(**{"prompt": "a red circle", **short, **drawing, **arguments}, generator=seeded(0)).images
+
+    return latents_of

@@ -1,5 +1,6 @@
 """diffusers' own pipeline for ControlNets, with its classes and with ours in their place."""
 
+from copy import deepcopy
 from typing import Any
 
 import diffusers
@@ -69,3 +70,21 @@ def test_while_registered_diffusers_controlnet_pipeline_draws_the_same_with_ours
     assert type(theirs.controlnet) is not type(ours.controlnet)
     assert (found - wanted).abs().max() < FLOAT32 * wanted.abs().max()
     assert (wanted - free).abs().max() > 0.01 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", ["SanaSprintControlNetPipeline", "SanaSprintControlNetImg2ImgPipeline"])
+@pytest.mark.parametrize("several", [False, True])
+def test_while_registered_diffusers_loads_our_pipelines_with_controlnets(tiny_pipeline_parts, tmp_path, name, several):
+    kind = getattr(sana_sprint, name)
+    control = sana_sprint.SanaControlNetModel.from_transformer(tiny_pipeline_parts["transformer"], num_layers=1)
+    kind(**tiny_pipeline_parts, controlnet=[control, deepcopy(control)] if several else control).save_pretrained(
+        tmp_path
+    )
+    sana_sprint.register()
+    try:
+        loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    finally:
+        sana_sprint.unregister()
+    assert type(loaded) is kind
+    wanted = sana_sprint.SanaMultiControlNetModel if several else sana_sprint.SanaControlNetModel
+    assert type(loaded.controlnet) is wanted

@@ -19,7 +19,12 @@ NAMES = (
     "SanaTransformer2DModel",
 )
 # Classes of ours that diffusers has none for.
-ADDITIONS = ("SanaSprintInpaintPipeline",)
+ADDITIONS = (
+    "SanaMultiControlNetModel",
+    "SanaSprintControlNetImg2ImgPipeline",
+    "SanaSprintControlNetPipeline",
+    "SanaSprintInpaintPipeline",
+)
 AUTO_TABLES = (
     "AUTO_TEXT2IMAGE_PIPELINES_MAPPING",
     "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
@@ -32,6 +37,7 @@ import sana_sprint, diffusers, diffusers.models, diffusers.models.autoencoders, 
 import diffusers.pipelines, diffusers.pipelines.sana, diffusers.schedulers
 from diffusers import AutoencoderDC, SCMScheduler, SanaSprintImg2ImgPipeline, SanaSprintPipeline
 from diffusers import SanaControlNetModel, SanaSprintInpaintPipeline, SanaTransformer2DModel
+from diffusers import SanaMultiControlNetModel, SanaSprintControlNetImg2ImgPipeline, SanaSprintControlNetPipeline
 for name in {NAMES + ADDITIONS}:
     assert globals()[name] is getattr(diffusers, name) is getattr(sana_sprint, name), name
 for module, name in [

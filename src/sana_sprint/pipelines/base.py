@@ -30,12 +30,15 @@ from sana_sprint.pipelines.checks import (
 )
 from sana_sprint.pipelines.clock import Clock, clock_for
 from sana_sprint.pipelines.coding import CodingPipeline
+from sana_sprint.pipelines.drawings import ShownDrawing
 from sana_sprint.pipelines.images import OUTPUT_TYPES, Canvas, choose_canvas, fit_to_canvas
 from sana_sprint.pipelines.output import SanaPipelineOutput
+from sana_sprint.pipelines.pictures import Given, on_canvas
 from sana_sprint.plugin import PublishedPipeline
 from sana_sprint.text.cache import TextCache
 from sana_sprint.text.encoder import check_embeds, check_prompt, encode_prompts, repeat_for_images
 from sana_sprint.transformer.model import SanaTransformer2DModel
+from sana_sprint.transformer.residuals import ControlSamples
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +59,9 @@ def _scaled_lora(text_encoder: torch.nn.Module, scale: float | None) -> Iterator
 class SprintPipeline(PublishedPipeline, CodingPipeline):
     """The stages of every SANA-Sprint pipeline.
 
-    A pipeline adds `__call__`, which puts its arguments into a `Call` and hands that to `draw`. Four hooks do what text
-    to image does, until a pipeline has its own: `known_pictures`, `first_latents`, `flow_velocity` and `finish`.
+    A pipeline adds `__call__`, which puts its arguments into a `Call` and hands that to `draw`. Five hooks do what text
+    to image does, until a pipeline has its own: `known_pictures`, `shown_drawings`, `first_latents`, `flow_velocity`
+    and `finish`.
 
     Args:
         tokenizer: Gemma's.
@@ -80,6 +84,7 @@ class SprintPipeline(PublishedPipeline, CodingPipeline):
     _guidance_scale: float | None = None
     _attention_kwargs: dict[str, Any] | None = None
     _num_timesteps = 0
+    _step = 0
     _interrupt = False
 
     def __init__(
@@ -124,6 +129,10 @@ class SprintPipeline(PublishedPipeline, CodingPipeline):
         """Hook: what a call starts from, encoded. It runs first, so that the autoencoder is not in memory later."""
         return None
 
+    def shown_drawings(self, call: Call, plan: Plan, device: torch.device) -> Sequence[ShownDrawing]:
+        """Hook: what ControlNets are shown, encoded, one drawing for each of them; right after `known_pictures`."""
+        return ()
+
     def first_latents(self, call: Call, noise: torch.Tensor, known: Known | None, clock: Clock) -> torch.Tensor:
         """Hook: noise of unit variance to what the first step starts from (B, C, H, W), in the clock's scale."""
         return clock.from_noise(noise)
@@ -133,7 +142,7 @@ class SprintPipeline(PublishedPipeline, CodingPipeline):
         latents: torch.Tensor,
         time: torch.Tensor,
         conditioning: Conditioning,
-        controlnet_block_samples: Sequence[torch.Tensor] | None = None,
+        controlnet_block_samples: ControlSamples | None = None,
     ) -> torch.Tensor:
         """Hook: the flow-matching velocity for latents (B, C, H, W) of unit scale at time (B,) in [0, 1].
 
@@ -175,6 +184,7 @@ class SprintPipeline(PublishedPipeline, CodingPipeline):
         self._interrupt = False
 
         known = self.known_pictures(call, plan, device)
+        drawings = self.shown_drawings(call, plan, device)
         embeds, mask = self.encode_prompt(
             call.prompt,
             num_images_per_prompt=plan.images_per_prompt,
@@ -191,6 +201,7 @@ class SprintPipeline(PublishedPipeline, CodingPipeline):
             prompt_attention_mask=mask,
             guidance=self._scaled_guidance(plan.guidance_scale, embeds),
             known=known,
+            drawings=drawings,
             text_lengths=self.text_lengths,
         )
         channels, canvas = self.transformer.config.in_channels, plan.canvas
@@ -258,6 +269,21 @@ class SprintPipeline(PublishedPipeline, CodingPipeline):
     def _latents_shape(self, count: int, canvas: Canvas) -> tuple[int, int, int, int]:
         factor = self.vae_scale_factor
         return (count, self.transformer.config.in_channels, canvas.height // factor, canvas.width // factor)
+
+    def _check_given(self, name: str, given: Given, canvas: Canvas) -> None:
+        """Refuses latents of another size than the canvas's, and pictures where nothing can encode them."""
+        if given.latents is not None:
+            wanted = self._latents_shape(given.count, canvas)
+            check_latents(f"{name}, as it has the channels of latents,", given.latents, wanted)
+        elif self.vae is None:
+            raise ValueError(f"a pipeline without vae needs latents as {name}, got pictures")
+
+    def _latents_of(self, given: Given, canvas: Canvas) -> torch.Tensor:
+        """Scaled latents (pictures, C, H, W) in float32, encoded if they were not given."""
+        if given.latents is not None:
+            return given.latents.float()
+        device = self.device_of("vae")
+        return self._encode(torch.stack([on_canvas(picture, canvas).to(device) for picture in given.pictures]))
 
     def _check_text(self, call: Call) -> int:
         """The number of prompts of a call."""
@@ -390,6 +416,7 @@ class SprintPipeline(PublishedPipeline, CodingPipeline):
             for index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
+                self._step = index
                 latents, estimate = clock.step(network, index, latents, call.generator)
                 if index == len(timesteps) - 1:
                     latents = estimate  # one tensor, so that a callback that edits it in place edits the result

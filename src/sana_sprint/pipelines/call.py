@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from sana_sprint.pipelines.drawings import Drawing, ShownDrawing
 from sana_sprint.pipelines.images import Canvas
 from sana_sprint.pipelines.pictures import Source
 from sana_sprint.text.encoder import drop_padding
@@ -45,6 +46,7 @@ class Call:
     max_sequence_length: int
     complex_human_instruction: Sequence[str] | None
     source: Source | None = None  # for pipelines that start from a picture, and only for those
+    drawings: Sequence[Drawing] = ()  # one for each ControlNet
 
     @property
     def callback_tensors(self) -> tuple[str, ...]:
@@ -97,6 +99,7 @@ class Conditioning:
     prompt_attention_mask: torch.Tensor  # B L
     guidance: torch.Tensor | None  # B, already scaled; None for a network that takes none
     known: Known | None = None
+    drawings: Sequence[ShownDrawing] = ()  # one for each ControlNet
     text_lengths: tuple[int, ...] = ()  # that the text is padded to, once its own padding is dropped
 
     @cached_property

@@ -9,10 +9,8 @@ import torch
 
 from sana_sprint.pipelines.base import SprintPipeline
 from sana_sprint.pipelines.call import Call, Known, Plan
-from sana_sprint.pipelines.checks import check_latents
 from sana_sprint.pipelines.clock import Clock
-from sana_sprint.pipelines.images import Canvas
-from sana_sprint.pipelines.pictures import Source, on_canvas, read_source, redrawn_cells
+from sana_sprint.pipelines.pictures import Source, read_source, redrawn_cells
 
 
 class FromImagePipeline(SprintPipeline):
@@ -44,35 +42,21 @@ class FromImagePipeline(SprintPipeline):
         """
         source = self.read_source(image, strength=1.0)
         canvas = self._choose_canvas(height, width, use_resolution_binning)
-        self._check_source(source, canvas)
-        return self._source_latents(source, canvas)
+        self._check_given("image", source, canvas)
+        return self._latents_of(source, canvas)
 
     def check_inputs(self, call: Call) -> Plan:
         """diffusers' name for the checks of a call, here those of its source too; ValueError if it cannot work."""
         plan = super().check_inputs(call)
         source = self.source_of(call)
         plan.rows("image", source.count)
-        self._check_source(source, plan.canvas)
+        self._check_given("image", source, plan.canvas)
         return plan
 
     def source_of(self, call: Call) -> Source:
         """The source, which every call of these pipelines has."""
         assert call.source is not None
         return call.source
-
-    def _check_source(self, source: Source, canvas: Canvas) -> None:
-        if source.latents is not None:
-            check_latents(
-                "image, as it has the channels of latents,", source.latents, self._latents_shape(source.count, canvas)
-            )
-        elif self.vae is None:
-            raise ValueError("a pipeline without vae needs latents as image, got pictures")
-
-    def _source_latents(self, source: Source, canvas: Canvas) -> torch.Tensor:
-        if source.latents is not None:
-            return source.latents.float()
-        device = self.device_of("vae")
-        return self._encode(torch.stack([on_canvas(picture, canvas).to(device) for picture in source.pictures]))
 
     def known_pictures(self, call: Call, plan: Plan, device: torch.device) -> Known | None:
         """What was given, encoded once for all that is drawn from it, and which cells of it are redrawn.
@@ -82,7 +66,7 @@ class FromImagePipeline(SprintPipeline):
         source = self.source_of(call)
         if source.strength == 1 and not source.masks:
             return None
-        latents = self._source_latents(source, plan.canvas).to(device)[plan.rows("image", source.count)]
+        latents = self._latents_of(source, plan.canvas).to(device)[plan.rows("image", source.count)]
         if not source.masks:
             return Known(latents=latents, redrawn=latents.new_ones(1, 1, 1, 1))
         cells = torch.stack([redrawn_cells(mask, plan.canvas, self.vae_scale_factor) for mask in source.masks])

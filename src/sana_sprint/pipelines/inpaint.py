@@ -16,6 +16,7 @@ from sana_sprint.pipelines.from_image import FromImagePipeline
 from sana_sprint.pipelines.output import SanaPipelineOutput
 from sana_sprint.pipelines.pictures import Source, resized, size_of
 from sana_sprint.pipelines.text_to_image import DEFAULT_CALLBACK_TENSORS, DEFAULT_INSTRUCTION
+from sana_sprint.transformer.residuals import ControlSamples
 from sana_sprint.trigflow.scheduler import INTERMEDIATE_TIMESTEPS, MAX_TIMESTEPS
 
 
@@ -69,7 +70,7 @@ class SanaSprintInpaintPipeline(FromImagePipeline, SanaLoraLoaderMixin):
         latents: torch.Tensor,
         time: torch.Tensor,
         conditioning: Conditioning,
-        controlnet_block_samples: Sequence[torch.Tensor] | None = None,
+        controlnet_block_samples: ControlSamples | None = None,
     ) -> torch.Tensor:
         """The transformer's where it draws; where the picture is kept, the one that leads to it.
 

@@ -20,18 +20,24 @@ Picture = Image.Image | torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Source:
-    """What a call starts from, read but not yet checked against the rest of the call."""
+class Given:
+    """One or several pictures of a call, read but not yet checked against the rest of it."""
 
     pictures: Sequence[Picture]  # none where there are latents
     latents: torch.Tensor | None  # pictures, C, latent H, latent W; in the scale of results
-    masks: Sequence[torch.Tensor]  # 1 H W each, in [0, 1], 1 to be redrawn; none for all of every picture
-    strength: float
 
     @property
     def count(self) -> int:
         """How many pictures were given."""
         return len(self.pictures) if self.latents is None else len(self.latents)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source(Given):
+    """What a call starts from."""
+
+    masks: Sequence[torch.Tensor]  # 1 H W each, in [0, 1], 1 to be redrawn; none for all of every picture
+    strength: float
 
 
 def read_source(image: Any, strength: Any, latent_channels: int, mask_image: Any = None) -> Source:
@@ -43,29 +49,48 @@ def read_source(image: Any, strength: Any, latent_channels: int, mask_image: Any
     share = finite_number("strength", strength)
     if not 0 <= share <= 1:
         raise ValueError(f"strength must lie in [0, 1], got {share}")
-    is_latents = isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == latent_channels
-    if is_latents and not image.isfinite().all():
-        raise ValueError("image must be finite latents, got some that are not")
+    given = read_given("image", image, latent_channels)
     return Source(
-        pictures=[] if is_latents else read_pictures(image),
-        latents=image.detach() if is_latents else None,
+        pictures=given.pictures,
+        latents=given.latents,
         masks=[] if mask_image is None else read_masks(mask_image),
         strength=share,
     )
 
 
-def read_pictures(image: Any) -> list[Picture]:
+def read_given(name: str, image: Any, latent_channels: int, *, opaque: bool = False) -> Given:
+    """Pictures as `read_pictures` takes them, or a tensor (pictures, C, H, W) with the channels of latents.
+
+    Raises:
+        ValueError: as `read_pictures`, and for latents that are not finite.
+    """
+    if not (isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == latent_channels):
+        return Given(pictures=read_pictures(image, name, opaque=opaque), latents=None)
+    if not len(image) or not image.isfinite().all():
+        raise ValueError(f"{name} must be finite latents, got none or some that are not")
+    return Given(pictures=[], latents=image.detach())
+
+
+def read_pictures(image: Any, name: str = "image", *, opaque: bool = False) -> list[Picture]:
     """One or several pictures, one by one: grey becomes RGB, and what is transparent shows white.
+
+    Args:
+        image: what the caller passed.
+        name: of the argument, for errors.
+        opaque: refuse pictures that can be transparent.
 
     Raises:
         ValueError: for what is no picture, or has values beyond [0, 1] as floats, beyond 255 as uint8, or NaN.
     """
-    pictures = [
-        _rgb_image(one) if isinstance(one, Image.Image) else _rgb_tensor(_in_unit_range("image", one))
-        for one in _one_by_one("image", image)
-    ]
+    pictures: list[Picture] = []
+    for one in _one_by_one(name, image):
+        is_image = isinstance(one, Image.Image)
+        if opaque and (one.has_transparency_data if is_image else len(one) in (2, 4)):
+            found = f"a PIL image in mode {one.mode}" if is_image else f"{len(one)} channels"
+            raise ValueError(f"{name} must have no transparency, got {found}")
+        pictures.append(_rgb_image(name, one) if is_image else _rgb_tensor(name, _in_unit_range(name, one)))
     if not pictures:
-        raise ValueError("image must be a picture or several, got an empty list")
+        raise ValueError(f"{name} must be a picture or several, got an empty list")
     return pictures
 
 
@@ -174,11 +199,11 @@ def _mask(given: Any) -> torch.Tensor:
     return _in_unit_range("mask_image", given.bool() if is_binary else given)
 
 
-def _rgb_image(image: Image.Image) -> Image.Image:
+def _rgb_image(name: str, image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return _checked_mode("image", image).convert("RGB")
+    return _checked_mode(name, image).convert("RGB")
 
 
 def _checked_mode(name: str, image: Image.Image) -> Image.Image:
@@ -187,10 +212,10 @@ def _checked_mode(name: str, image: Image.Image) -> Image.Image:
     return image
 
 
-def _rgb_tensor(pixels: torch.Tensor) -> torch.Tensor:
+def _rgb_tensor(name: str, pixels: torch.Tensor) -> torch.Tensor:
     channels = len(pixels)
     if channels > 4:
-        raise ValueError(f"image must have 1 to 4 channels, got {channels}")
+        raise ValueError(f"{name} must have 1 to 4 channels, got {channels}")
     if channels % 2 == 0:
         colour, opacity = pixels[:-1], pixels[-1:]
         pixels = colour * opacity + (1 - opacity)

@@ -83,7 +83,7 @@ def _stored(tensor: torch.Tensor | None) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> list[Any]:
+def fingerprint(model: nn.Module) -> list[Any]:
     """What differs once weights, hooks or the way of attention have changed; takes about a millisecond.
 
     torch counts the changes of a tensor in place. What it does not count (through `.data`, as PEFT does when it merges
@@ -111,7 +111,7 @@ def fingerprint(model: PreTrainedModel) -> list[Any]:
     sampled = [
         (dtype, torch.cat(group).view(torch.uint8).cpu().numpy().tobytes()) for (dtype, _), group in samples.items()
     ]
-    return [model.config._attn_implementation, changes, sampled]
+    return [getattr(model.config, "_attn_implementation", None), changes, sampled]
 
 
 def _has_adapters(model: nn.Module) -> bool:
