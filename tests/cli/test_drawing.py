@@ -19,21 +19,6 @@ from sana_sprint.cli.records import read_record
 SOURCE = Path(__file__).parents[2] / "src"
 
 
-@pytest.fixture
-def generate(model_folder, tmp_path, monkeypatch, capsys):
-    """Runs `generate` with the tiny model in an empty folder; returns the exit code and what was printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        if not {"--like", "--model"} & set(arguments):
-            arguments = (*arguments, "--model", model_folder)
-        code = main(["generate", *arguments])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
 def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
@@ -151,16 +136,8 @@ def test_json_prints_one_document_that_says_what_was_drawn_and_nothing_else(gene
     assert all(Path(one["file"]).is_file() and one["seconds"] > 0 for one in document["pictures"])
 
 
-def test_a_model_with_a_flow_scheduler_is_given_twenty_steps_by_default(generate, model_folder):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    shutil.copytree(model_folder, "flow")
-    shutil.rmtree("flow/scheduler")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained("flow/scheduler")
-    index = json.loads(Path("flow/model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    Path("flow/model_index.json").write_text(json.dumps(index))
-    code, out, _ = generate("a", "--model", "flow", "--json")
+def test_a_model_with_a_flow_scheduler_is_given_twenty_steps_by_default(generate, flow_folder):
+    code, out, _ = generate("a", "--model", flow_folder, "--json")
     assert (code, json.loads(out)["steps"]) == (0, 20)
 
 

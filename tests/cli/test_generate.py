@@ -120,6 +120,10 @@ def test_steps_and_timesteps_exclude_each_other():
         ("--num-images", "0", "got 0"),
         ("--timesteps", "1.5;0", "'1.5;0'"),
         ("--dtype", "int8", "'int8'"),
+        ("--strength", "1.01", "from 0 to 1, got 1.01"),
+        ("--strength", "-0.1", "got -0.1"),
+        ("--strength", "nan", "got nan"),
+        ("--strength", "half", "'half'"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_and_named(option, value, found):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sana_sprint.cli.records import CHUNK, Picture, Record, Settings, read_record, to_chunk
+from sana_sprint.cli.records import CHUNK, InputFile, Picture, Record, Settings, read_record, to_chunk
 
 SETTINGS = Settings(
     model="embedded",
@@ -25,7 +25,11 @@ SETTINGS = Settings(
     torch="2.13.0",
     quantization="8bit",
     memory=10**9,
+    init_image=InputFile(path="photos/grün.jpg", sha256="ab" * 32),
+    mask=InputFile(path="mask.png", sha256="cd" * 32),
+    strength=0.8,
 )
+LATER = ("quantization", "memory", "init_image", "mask", "strength")  # not in the first pictures' chunks
 ONE = (Picture(prompt='ein "grüner" Stern\n红', seed=2**63 - 1),)
 MANY = (*ONE, Picture(prompt="", seed=0))
 
@@ -41,13 +45,14 @@ def test_a_record_comes_back_from_its_png_as_it_was(pictures, is_sheet, tmp_path
     assert read_record(save(tmp_path / "a.png", to_chunk(record))) == record
 
 
-def test_a_picture_from_before_there_was_quantisation_was_drawn_without(tmp_path):
+def test_a_picture_from_before_there_was_a_setting_was_drawn_without_it(tmp_path):
     values = {**asdict(SETTINGS), **asdict(ONE[0])}
-    del values["quantization"], values["memory"]
+    for name in LATER:
+        del values[name]
     text = PngInfo()
     text.add_text(CHUNK, json.dumps(values))
     settings = read_record(save(tmp_path / "a.png", text)).settings
-    assert settings == replace(SETTINGS, quantization=None, memory=None)
+    assert settings == replace(SETTINGS, **dict.fromkeys(LATER))
 
 
 def test_the_chunk_is_json_with_prompt_seed_steps_model_and_version(tmp_path):
@@ -69,7 +74,17 @@ def test_a_file_that_is_no_picture_is_refused_by_name(tmp_path):
         read_record(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("text", ["no json", "[]", "{}", '{"prompt": "a", "seed": 1}', '{"pictures": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        "[]",
+        "{}",
+        '{"prompt": "a", "seed": 1}',
+        '{"pictures": []}',
+        json.dumps({**asdict(SETTINGS), **asdict(ONE[0]), "init_image": {"path": "photo.jpg"}}),
+    ],
+)
 def test_a_chunk_that_was_tampered_with_is_refused(text, tmp_path):
     chunk = PngInfo()
     chunk.add_text(CHUNK, text)

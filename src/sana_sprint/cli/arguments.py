@@ -25,6 +25,17 @@ def whole_number(least: int) -> Callable[[str], int]:
     return parse
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted a number from 0 to 1, got {text!r}") from None
+    if not 0 <= value <= 1:  # nor for nan
+        raise argparse.ArgumentTypeError(f"wanted a number from 0 to 1, got {text}")
+    return value
+
+
 def size(text: str) -> tuple[int, int]:
     """Width and height in pixels from "1024x768"."""
     sides = text.lower().split("x")

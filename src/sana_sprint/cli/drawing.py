@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Any
 from sana_sprint import __version__
 from sana_sprint.cli import screen
 from sana_sprint.cli.files import picture_name, save_new
+from sana_sprint.cli.inputs import Start
 from sana_sprint.cli.model import EMBEDDED, Fitting, Model, choose_device, choose_dtype, find_model, load, own_steps
-from sana_sprint.cli.records import Picture, Record, Settings, to_chunk
+from sana_sprint.cli.records import InputFile, Picture, Record, Settings, to_chunk
 from sana_sprint.cli.words import check_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sana_sprint import SanaSprintPipeline
+    from sana_sprint import SanaSprintImg2ImgPipeline, SanaSprintInpaintPipeline, SanaSprintPipeline
+
+    Pipeline = SanaSprintPipeline | SanaSprintImg2ImgPipeline | SanaSprintInpaintPipeline
+
+
+_SHOWN_DIGITS = 16  # of a SHA-256, as many as a model's fingerprint has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,7 @@ class Request:
     device: str
     quantization: str | None
     memory: int | None  # bytes
+    start: Start | None  # None: noise alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +63,35 @@ class Drawn:
     seconds: float
 
 
-def difference(stored: Settings, model: Model, torch_version: str) -> str | None:
+def difference(stored: Settings, model: Model, torch_version: str, start: Start | None) -> str | None:
     """What a picture was drawn with that is another here, or None: a reason for other pixels."""
     pairs = {
         "model files": (stored.fingerprint, model.fingerprint),
         "sana-sprint": (stored.version, __version__),
         "torch": (stored.torch, torch_version),
     }
-    differing = [f"{name} {there} (here {here})" for name, (there, here) in pairs.items() if there != here]
+    for setting, here in ({} if start is None else start.files()).items():
+        there: InputFile | None = getattr(stored, setting)
+        # Another path is another picture, as another prompt is: asked for.
+        if there is not None and here is not None and there.path == here.path:
+            pairs[f"{here.path} of SHA-256"] = (there.sha256[:_SHOWN_DIGITS], here.sha256[:_SHOWN_DIGITS])
+    differing = [f"{name} {before} (here {now})" for name, (before, now) in pairs.items() if before != now]
     return ", ".join(differing) or None
 
 
-def _draw_one(pipe: "SanaSprintPipeline", picture: Picture, request: Request) -> "Image":
+def _starting_from(start: Start | None, pipe: "SanaSprintPipeline") -> "Pipeline":
+    """The pipeline that can start so, around the same networks."""
+    if start is None:
+        return pipe
+    from sana_sprint import SanaSprintImg2ImgPipeline, SanaSprintInpaintPipeline
+
+    kind = SanaSprintImg2ImgPipeline if start.mask is None else SanaSprintInpaintPipeline
+    started = kind.from_pipe(pipe)
+    started.set_progress_bar_config(disable=not screen.is_terminal(), leave=False)
+    return started
+
+
+def _draw_one(pipe: "Pipeline", picture: Picture, request: Request) -> "Image":
     """One picture, alone in its batch and with its own generator, so that it can be drawn again alone."""
     import torch
 
@@ -75,9 +99,11 @@ def _draw_one(pipe: "SanaSprintPipeline", picture: Picture, request: Request) ->
     timetable: dict[str, Any] = {"num_inference_steps": request.steps}
     if request.timesteps is not None:
         timetable = {"timesteps": list(request.timesteps)}
+    start = {} if request.start is None else request.start.arguments()
     images, *_ = pipe(
         prompt=picture.prompt,
         **timetable,
+        **start,
         guidance_scale=request.guidance,
         width=width,
         height=height,
@@ -89,7 +115,7 @@ def _draw_one(pipe: "SanaSprintPipeline", picture: Picture, request: Request) ->
     return images[0]
 
 
-def _prepare(job: Job) -> tuple["SanaSprintPipeline", Request, Model]:
+def _prepare(job: Job) -> tuple["Pipeline", Request, Model]:
     """The pipeline, the request with the model's own step count, and the model."""
     import torch
 
@@ -100,7 +126,7 @@ def _prepare(job: Job) -> tuple["SanaSprintPipeline", Request, Model]:
     dtype = choose_dtype(job.request.dtype, device)
     if job.like is not None:
         path, record = job.like
-        differing = difference(record.settings, model, str(torch.__version__))
+        differing = difference(record.settings, model, str(torch.__version__), job.request.start)
         if differing:
             screen.report("warning", f"{path} was drawn with {differing}: the picture may differ")
         torch.set_num_threads(record.settings.threads)
@@ -109,12 +135,13 @@ def _prepare(job: Job) -> tuple["SanaSprintPipeline", Request, Model]:
     request = replace(job.request, device=str(device), dtype=str(dtype).removeprefix("torch."))
     if request.steps is None and request.timesteps is None:
         request = replace(request, steps=own_steps(pipe))
-    return pipe, request, model
+    return _starting_from(request.start, pipe), request, model
 
 
 def _settings(request: Request, model: Model, image: "Image") -> Settings:
     import torch
 
+    start = request.start
     return Settings(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -130,6 +157,8 @@ def _settings(request: Request, model: Model, image: "Image") -> Settings:
         torch=str(torch.__version__),
         quantization=request.quantization,
         memory=request.memory,
+        strength=None if start is None else start.strength,
+        **({} if start is None else start.files()),
     )
 
 

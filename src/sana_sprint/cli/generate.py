@@ -8,9 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from sana_sprint.cli import screen
-from sana_sprint.cli.arguments import LARGEST_SEED, QUANTIZATIONS, amount, angles, size, whole_number
+from sana_sprint.cli.arguments import LARGEST_SEED, QUANTIZATIONS, amount, angles, share, size, whole_number
 from sana_sprint.cli.drawing import Drawn, Job, Request, draw
 from sana_sprint.cli.files import prepare_output
+from sana_sprint.cli.inputs import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, choose_start
 from sana_sprint.cli.model import DTYPES, EMBEDDED, FLOW_STEPS, SPRINT_STEPS
 from sana_sprint.cli.records import Picture, Record, Settings, read_record
 
@@ -33,6 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=whole_number(0), metavar="N", help="seed of each prompt's first picture, its next has N+1 (0)"
     )
 
+    start = parser.add_argument_group("what to start from")
+    start.add_argument("--init-image", type=Path, metavar="FILE", help="a picture, instead of noise alone")
+    start.add_argument(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="white where that picture is to be drawn anew, black where it is kept, bit for bit; of the same size",
+    )
+    start.add_argument(
+        "--strength",
+        type=share,
+        metavar="X",
+        help="how much is new, from 0, nothing, to 1, from noise alone"
+        f" ({DEFAULT_STRENGTH}, and {DEFAULT_MASKED_STRENGTH} with --mask)",
+    )
+
     how = parser.add_argument_group("how to draw it")
     how.add_argument("--model", metavar="MODEL", help=f"a pipeline folder, a hub id, or {EMBEDDED} ({EMBEDDED})")
     how.add_argument(
@@ -42,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"steps of the network ({SPRINT_STEPS}, and {FLOW_STEPS} for a model with a flow-matching scheduler)",
     )
     how.add_argument("--timesteps", type=angles, metavar="T,T,..", help="the angles themselves, in radians, down to 0")
-    how.add_argument("--size", type=size, metavar="WxH", help="width and height in pixels (those of the model)")
+    how.add_argument(
+        "--size",
+        type=size,
+        metavar="WxH",
+        help="width and height in pixels (those of the model, and with --mask those of the init image)",
+    )
     how.add_argument("--guidance", type=float, metavar="X", help=f"guidance scale ({_DEFAULT_GUIDANCE})")
     how.add_argument("--dtype", choices=DTYPES, help="number format (auto: bfloat16 on CUDA, else float32)")
     how.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps, .. (auto: the fastest of this machine)")
@@ -97,7 +119,10 @@ def choose_pictures(options: argparse.Namespace, like: Record | None) -> tuple[P
 
 
 def choose_request(options: argparse.Namespace, like: Settings | None) -> Request:
-    """The settings given, completed by those that `like` stored."""
+    """The settings given, completed by those that `like` stored; reads the pictures to start from.
+
+    Raises ValueError or OSError for options that do not fit, or files that are no such pictures.
+    """
     if options.steps is not None and options.timesteps is not None:
         raise ValueError("--steps and --timesteps exclude each other: the angles say how many steps there are")
     request = Request(
@@ -110,11 +135,16 @@ def choose_request(options: argparse.Namespace, like: Settings | None) -> Reques
         device=like.device if like else "auto",
         quantization=like.quantization if like else None,
         memory=like.memory if like else None,
+        start=choose_start(options.init_image, options.mask, options.strength, like),
     )
     if options.steps is not None or options.timesteps is not None:
         request = replace(request, steps=options.steps, timesteps=options.timesteps)
     names = ("model", "size", "guidance", "dtype", "device", "quantization", "memory")
-    return replace(request, **{name: getattr(options, name) for name in names if getattr(options, name) is not None})
+    request = replace(request, **{name: getattr(options, name) for name in names if getattr(options, name) is not None})
+    if request.size is None and request.start is not None and request.start.mask is not None:
+        # As the pipeline would, but known before it is loaded to fit this size.
+        request = replace(request, size=request.start.image.image.size)
+    return request
 
 
 def choose_job(options: argparse.Namespace) -> Job:
@@ -146,9 +176,9 @@ def run(options: argparse.Namespace) -> None:
     """Draws what the options ask for and prints where it lies, each file as soon as it is there."""
     from tqdm import tqdm
 
-    job = choose_job(options)
     drawn: list[Drawn] = []
     with screen.quiet_libraries():
+        job = choose_job(options)
         for one in draw(job):
             if not options.json and one.file not in [earlier.file for earlier in drawn]:
                 tqdm.write(f"wrote {one.file}")  # between the progress bars, if there are any

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 CHUNK = "sana_sprint"
 
+_FILES = ("init_image", "mask")  # the settings that are an InputFile, or None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
@@ -17,6 +19,14 @@ class Picture:
 
     prompt: str
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFile:
+    """A picture file that a drawing was given, and what tells it from another of its name."""
+
+    path: str  # as the user gave it
+    sha256: str  # of the file's bytes, in hex digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,9 @@ class Settings:
     torch: str
     quantization: str | None = None  # None and no memory: loaded as it is
     memory: int | None = None  # bytes that the loading was planned for
+    init_image: InputFile | None = None  # None: drawn from noise alone
+    mask: InputFile | None = None
+    strength: float | None = None  # None without init_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +100,7 @@ def _parse(values: dict[str, Any]) -> Record:
     settings |= {name: values.get(name, default) for name, default in defaults.items()}
     if settings["timesteps"] is not None:
         settings["timesteps"] = tuple(float(angle) for angle in settings["timesteps"])
+    settings |= {name: InputFile(**settings[name]) for name in _FILES if settings[name] is not None}
     is_sheet = "pictures" in values
     shown = values["pictures"] if is_sheet else [values]
     pictures = tuple(Picture(prompt=str(picture["prompt"]), seed=int(picture["seed"])) for picture in shown)
