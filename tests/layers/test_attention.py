@@ -95,7 +95,8 @@ def test_fused_projections_give_what_separate_ones_give(context_dim, bias, qk_no
 def test_float16_attention_saturates_where_it_would_overflow():
     attention = SanaAttention(8, heads=1, head_dim=8).half()
     attention.to_out[0].weight.copy_(60000 * torch.eye(8))
-    attention.to_v.weight.copy_(2 * torch.eye(8))
+    for projection, factor in [(attention.to_q, 1), (attention.to_k, 1), (attention.to_v, 2)]:
+        projection.weight.copy_(factor * torch.eye(8))
     attended = attention(torch.ones(1, 4, 8, dtype=torch.float16))
     assert attended.isfinite().all()
     assert attended.max() == 65504
