@@ -54,10 +54,11 @@ def test_angles_follow_the_log_normal_distribution():
     torch.testing.assert_close(torch.tan(angles) * 0.5, torch.exp(torch.tensor([-1.4, 0.2, 1.8])))
 
 
-def test_one_pass_gives_value_gradient_and_derivative():
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_value_gradient_and_derivative_in_one_pass_or_two(in_one_pass):
     sample, angle, teacher = draw(5, 3, 4), torch.linspace(0.1, 1.5, 5, dtype=torch.float64), draw(5, 3, 4, seed=1)
     sample.requires_grad_()
-    velocity, derivative = velocity_and_derivative(network, sample, angle, teacher)
+    velocity, derivative = velocity_and_derivative(network, sample, angle, teacher, in_one_pass)
     torch.testing.assert_close(velocity, network(sample, angle), rtol=0, atol=0)
     assert not derivative.requires_grad
     (gradient,) = torch.autograd.grad(velocity.square().sum(), sample)

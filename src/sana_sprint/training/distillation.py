@@ -1,7 +1,8 @@
-"""A flow transformer to one that needs one to four steps: continuous-time consistency with an adversarial loss.
+"""A flow transformer to one that needs one to four steps: consistency, adversarial and distribution matching losses.
 
 SANA-Sprint's distillation (arXiv 2503.09641, Algorithm 2): sCM makes what the student predicts the same all along the
-teacher's path, LADD makes it look real. Where paper and public code differ, docs/training.md says what was chosen.
+teacher's path, LADD makes it look real. Distribution matching, which is not the paper's, makes it as likely as the
+teacher's. Where paper and public code differ, docs/training.md says what was chosen.
 
 B batch, C channels, h w latent grid. Latents have unit variance; angles are TrigFlow's, in radians.
 """
@@ -366,13 +367,8 @@ class DistillationLosses(Objective[N]):
         def student(sample: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
             return self._predict(self.student, sample, angle, batch, guidance)
 
-        if not self.student.gradient_checkpointing:
-            return velocity_and_derivative(student, sample, angle, teacher_velocity)
-        # A block that is run again in the backward pass is not differentiated forwards there, so the derivative is
-        # computed in a pass of its own, which keeps nothing.
-        with torch.no_grad():
-            _, derivative = velocity_and_derivative(student, sample, angle, teacher_velocity)
-        return student(sample, angle), derivative
+        in_one_pass = not self.student.gradient_checkpointing
+        return velocity_and_derivative(student, sample, angle, teacher_velocity, in_one_pass)
 
     def _teach(
         self, sample: torch.Tensor, angle: torch.Tensor, batch: LatentBatch, guidance: torch.Tensor

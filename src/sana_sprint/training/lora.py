@@ -229,12 +229,8 @@ class LoraObjective(Objective[nn.ParameterList]):
         def velocity_at(sample: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
             return self._predict(sample, angle, batch, guidance)
 
-        if not self.transformer.is_gradient_checkpointing:
-            return velocity_and_derivative(velocity_at, sample, angle, own_velocity)
-        # A block that is run again in the backward pass is not differentiated forwards there.
-        with torch.no_grad():
-            _, derivative = velocity_and_derivative(velocity_at, sample, angle, own_velocity)
-        return velocity_at(sample, angle), derivative
+        in_one_pass = not self.transformer.is_gradient_checkpointing
+        return velocity_and_derivative(velocity_at, sample, angle, own_velocity, in_one_pass)
 
     @contextmanager
     def wearing(self, adapters: nn.ParameterList) -> Iterator[SanaTransformer2DModel]:

@@ -27,13 +27,24 @@ def draw_angles(normal: torch.Tensor, mean: float, std: float, sigma_data: float
 
 
 def velocity_and_derivative(
-    student: Velocity, sample: torch.Tensor, angle: torch.Tensor, teacher_velocity: torch.Tensor
+    student: Velocity,
+    sample: torch.Tensor,
+    angle: torch.Tensor,
+    teacher_velocity: torch.Tensor,
+    in_one_pass: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """F(x_t, t) with its graph, and cos(t) sin(t) dF/dt along the teacher's path without one: one pass gives both.
 
     Forward-mode differentiation, so that the derivative is exact. The factor is inside, for dF/dt alone grows without
     bound towards the ends of the path.
+
+    A student with gradient checkpointing needs two passes: what is run again in the backward pass is not differentiated
+    forwards there. The derivative's pass keeps nothing then.
     """
+    if not in_one_pass:
+        with torch.no_grad():
+            _, derivative = velocity_and_derivative(student, sample, angle, teacher_velocity)
+        return student(sample, angle), derivative
     c, s = cosine_and_sine(angle, sample)
     with forward_ad.dual_level():
         result = student(
