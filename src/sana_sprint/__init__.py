@@ -11,7 +11,7 @@ _HOMES = {
     "AutoencoderDC": "sana_sprint.autoencoder.model",
     "SCMScheduler": "sana_sprint.trigflow.scheduler",
     "SanaControlNetModel": "sana_sprint.transformer.control",
-    "SanaMultiControlNetModel": "sana_sprint.pipelines.multi_control",
+    "SanaMultiControlNetModel": "sana_sprint.transformer.multi_control",
     "SanaPipelineOutput": "sana_sprint.pipelines.output",
     "SanaSprintControlNetImg2ImgPipeline": "sana_sprint.pipelines.control_image_to_image",
     "SanaSprintControlNetPipeline": "sana_sprint.pipelines.control_to_image",
@@ -59,13 +59,13 @@ if TYPE_CHECKING:
     from sana_sprint.pipelines.control_to_image import SanaSprintControlNetPipeline
     from sana_sprint.pipelines.image_to_image import SanaSprintImg2ImgPipeline
     from sana_sprint.pipelines.inpaint import SanaSprintInpaintPipeline
-    from sana_sprint.pipelines.multi_control import SanaMultiControlNetModel
     from sana_sprint.pipelines.output import SanaPipelineOutput
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
     from sana_sprint.plugin import register, unregister
     from sana_sprint.text.storage import load_prompt_embeds, save_prompt_embeds
     from sana_sprint.transformer.control import SanaControlNetModel
     from sana_sprint.transformer.model import SanaTransformer2DModel
+    from sana_sprint.transformer.multi_control import SanaMultiControlNetModel
     from sana_sprint.trigflow.scheduler import SCMScheduler
 
 

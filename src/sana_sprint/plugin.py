@@ -37,7 +37,7 @@ CLASSES = {
 }
 # Classes of ours that diffusers has none for.
 ADDITIONS = {
-    "SanaMultiControlNetModel": "sana_sprint.pipelines.multi_control",
+    "SanaMultiControlNetModel": "sana_sprint.transformer.multi_control",
     "SanaSprintControlNetImg2ImgPipeline": "sana_sprint.pipelines.control_image_to_image",
     "SanaSprintControlNetPipeline": "sana_sprint.pipelines.control_to_image",
     "SanaSprintInpaintPipeline": "sana_sprint.pipelines.inpaint",

@@ -21,10 +21,10 @@ from sana_sprint.pipelines.base import SprintPipeline
 from sana_sprint.pipelines.call import Call, Conditioning, Plan
 from sana_sprint.pipelines.drawings import Drawing, DrawingCache, ShownDrawing, read_drawings
 from sana_sprint.pipelines.images import Canvas
-from sana_sprint.pipelines.multi_control import SanaMultiControlNetModel, guidance_for
 from sana_sprint.pipelines.pictures import on_canvas, read_pictures
 from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
+from sana_sprint.transformer.multi_control import SanaMultiControlNetModel, guidance_for
 from sana_sprint.transformer.residuals import ControlSamples, EarlyResiduals, sum_residuals
 
 # Entries of both configs that must be the same, for residuals to be those of the transformer's tokens.
