@@ -63,6 +63,7 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: d
         "guidance": loop_of(recipe, "flow", "guidance")["seed"],
         "consistency": loop_of(recipe, "consistency")["seed"],
         "distillation": loop_of(recipe, "distillation")["seed"],
+        "simulation": loop_of(recipe, "simulation")["seed"],
     }
     *earlier, _ = steps = [f"{count:,}" for count in stage_steps(record, "flow", "")]
     paragraphs = [

@@ -108,6 +108,24 @@ def test_a_fakes_score_that_is_the_teachers_moves_no_student_and_who_learns_from
     assert gradients(objective, "matching") == nobody | {"student": True}
 
 
+def test_examples_that_do_not_start_from_noise_can_start_from_what_the_student_draws():
+    """With all of them simulated, the data's latents matter no more; with none, they do."""
+    settings = replace(SETTINGS, consistency_weight=0.0, adversarial_weight=0.0, matching_weight=1.0)
+
+    def losses(share: float, shift: float) -> dict[str, torch.Tensor]:
+        objective = distillation(replace(settings, simulated_share=share))
+        with torch.no_grad():
+            objective.fake_score.proj_out.bias += 0.1
+        source = objective.data
+        objective.data = FlowData(source.latents + shift, source.captions, source.masks)
+        return objective(Draws.of_step(0, 0, 4))
+
+    assert losses(1.0, 0.0) == losses(1.0, 1.0)
+    assert losses(0.0, 0.0) != losses(0.0, 1.0)
+    objective = distillation(replace(settings, simulated_share=1.0))
+    assert gradients(objective, "fake_score") == {"teacher": False, "student": False, "fake_score": True}
+
+
 def test_every_trained_parameter_is_in_one_group_and_the_discriminator_has_its_own_settings():
     own = replace(OPTIMISER, learning_rate=3e-4, betas=(0.0, 0.9), clip_norm=7.0)
     groups = {group.name: group for group in distillation(replace(SETTINGS, discriminator=own)).groups()}
@@ -183,6 +201,7 @@ def test_two_parts_of_a_batch_have_the_loss_of_the_whole():
     [
         ({"consistency_weight": 0.0, "adversarial_weight": 0.0}, "nothing to learn"),
         ({"max_time_share": 1.0}, r"max_time_share must lie in \[0, 1\)"),
+        ({"simulated_share": 1.5}, r"simulated_share must lie in \[0, 1\]"),
         ({"head_blocks": (1, 0)}, "head_blocks must ascend"),
     ],
 )

@@ -11,7 +11,17 @@ if TYPE_CHECKING:
     import torch
 
 # Those of training.shapes, which `--help` must not import.
-STAGES = ("autoencoder", "decoder", "language", "flow", "guidance", "consistency", "distillation", "assemble")
+STAGES = (
+    "autoencoder",
+    "decoder",
+    "language",
+    "flow",
+    "guidance",
+    "consistency",
+    "distillation",
+    "simulation",
+    "assemble",
+)
 
 # What a trial of the recipe takes instead: seconds, and a model that draws nothing.
 _TRIAL_STEPS, _TRIAL_PICTURES = 2, 64

@@ -69,6 +69,9 @@ class DistillationSettings:
     discriminator_angles: AngleDistribution = field(default_factory=lambda: AngleDistribution(mean=-0.6, std=1.0))
     # Share of the examples that start from pure noise, where consistency teaches nothing and one step is decided.
     max_time_share: float = 0.5
+    # Share of the others whose latents are not the data's, but what the student draws from pure noise in one step: what
+    # the later one of two steps sees when it draws.
+    simulated_share: float = 0.0
     guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
     tangent_warmup_steps: int = 2000  # updates of the student; 4000 of the public code, which counts both networks'
     # A loss of weight 0 costs nothing.
@@ -92,6 +95,8 @@ class DistillationSettings:
             )
         if not 0 <= self.max_time_share < 1 and self.consistency_weight:
             raise ValueError(f"max_time_share must lie in [0, 1) for a consistency loss, got {self.max_time_share}")
+        if not 0 <= self.simulated_share <= 1:
+            raise ValueError(f"simulated_share must lie in [0, 1], got {self.simulated_share}")
         if list(self.head_blocks) != sorted(set(self.head_blocks)):
             raise ValueError(f"head_blocks must ascend, got {self.head_blocks}")
 
@@ -256,7 +261,8 @@ class DistillationLosses(Objective[N]):
         is_pure_noise = draws.uniform() < settings.max_time_share
         drawn = settings.student_angles.draw(draws, settings.sigma_data)
         angle = torch.where(is_pure_noise, math.pi / 2, drawn)
-        sample = add_noise(batch.clean, noise, angle)
+        clean = self._simulated(draws, batch, guidance) if settings.simulated_share else batch.clean
+        sample = add_noise(clean, noise, angle)
 
         losses: dict[str, torch.Tensor] = {}
         if self.log_variance is not None:
@@ -285,6 +291,18 @@ class DistillationLosses(Objective[N]):
         }
         weighted = [weight * losses[name] for name, weight in weights.items() if name in losses]
         return {"loss": torch.stack(weighted).sum(), **losses}
+
+    @torch.no_grad()
+    def _simulated(self, draws: Draws, batch: LatentBatch, guidance: torch.Tensor) -> torch.Tensor:
+        """Clean latents, some of them the student's own: backward simulation of Yin et al., arXiv 2405.14867.
+
+        One step is simulated, also for where a third and a fourth begin: theirs lie between these and the data's.
+        """
+        noise = draws.normal(batch.clean.shape[1:])
+        angle = torch.full_like(guidance, math.pi / 2)
+        own = predict_clean(noise, self._velocity(self.student, noise, angle, batch, guidance), angle)
+        is_own = draws.uniform() < self.settings.simulated_share
+        return torch.where(is_own.view(-1, 1, 1, 1), own, batch.clean)
 
     def _adversarial(self, draws: Draws, batch: LatentBatch, fake: torch.Tensor) -> dict[str, torch.Tensor]:
         """The losses of the student and of the discriminator, which learns from the same fakes, and moves them not."""

@@ -30,7 +30,17 @@ from sana_sprint.training.settings import LoopSettings
 from sana_sprint.transformer.model import SanaTransformer2DModel
 from sana_sprint.trigflow.scheduler import SCMScheduler
 
-STAGES = ("autoencoder", "decoder", "language", "flow", "guidance", "consistency", "distillation", "assemble")
+STAGES = (
+    "autoencoder",
+    "decoder",
+    "language",
+    "flow",
+    "guidance",
+    "consistency",
+    "distillation",
+    "simulation",
+    "assemble",
+)
 
 
 class ShapesTraining:
@@ -112,6 +122,9 @@ class ShapesTraining:
     def distillation(self) -> None:
         self._distil("distillation", "consistency", self.recipe.distillation, self.recipe.distillation_loop)
 
+    def simulation(self) -> None:
+        self._distil("simulation", "distillation", self.recipe.simulation, self.recipe.simulation_loop)
+
     def _distil(self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings) -> None:
         """Train the student that the stage before has left."""
         teacher, student = (
@@ -137,7 +150,7 @@ class ShapesTraining:
         partial = self.folder / "checkpoint.partial"
         shutil.rmtree(partial, ignore_errors=True)
         transformer = SanaTransformer2DModel.from_pretrained(
-            self._result("distillation", "transformer"), torch_dtype=torch.bfloat16
+            self._result("simulation", "transformer"), torch_dtype=torch.bfloat16
         )
         save_network(transformer, partial / "transformer")
         save_network(self._vae("decoder", torch.bfloat16), partial / "vae")
