@@ -10,7 +10,7 @@ from tiny_training import DISTILLATION as SETTINGS
 from tiny_training import OPTIMISER, tiny_data, tiny_teacher
 
 from sana_sprint.training.datasets.source import LatentBatch
-from sana_sprint.training.distillation import Distillation, DistillationSettings, student_of
+from sana_sprint.training.distillation import AngleDistribution, Distillation, DistillationSettings, student_of
 from sana_sprint.training.draws import Draws
 from sana_sprint.training.flow import FlowData, predict_velocity, use_training_kernels
 from sana_sprint.training.loop import train
@@ -176,12 +176,29 @@ def test_misaligned_pairs_work_for_every_batch_size_and_teach_the_discriminator_
             {"teacher", "student", "fake_score"},
             {"loss", "matching", "fake_score"},
         ),
+        (
+            {"consistency_weight": 0.0, "adversarial_weight": 0.0, "reconstruction_weight": 1.0},
+            {"teacher", "student"},
+            {"loss", "reconstruction"},
+        ),
     ],
 )
 def test_any_loss_alone(change, networks, losses):
     objective = distillation(replace(SETTINGS, **change))
     assert {name for name, _ in objective.named_children()} == networks
     assert set(objective(Draws.of_step(0, 0, 4))) == losses
+
+
+def test_the_latents_of_the_data_are_what_reconstruction_wants_of_the_student_alone():
+    weights = {"consistency_weight": 0.0, "adversarial_weight": 0.0, "reconstruction_weight": 1.0}
+    objective = distillation(
+        replace(SETTINGS, max_time_share=0.0, student_angles=AngleDistribution(mean=-9, std=0), **weights)
+    )
+    # With next to no noise, a velocity of any size leaves the latents where they were.
+    assert objective(Draws.of_step(0, 0, 4))["reconstruction"] < 1e-6
+    objective = distillation(replace(SETTINGS, **weights))
+    assert objective(Draws.of_step(0, 0, 4))["reconstruction"] > 0.1
+    assert gradients(objective, "reconstruction") == {"teacher": False, "student": True}
 
 
 def test_the_gradient_penalty_is_added():
@@ -201,6 +218,7 @@ def test_two_parts_of_a_batch_have_the_loss_of_the_whole():
     [
         ({"consistency_weight": 0.0, "adversarial_weight": 0.0}, "nothing to learn"),
         ({"max_time_share": 1.0}, r"max_time_share must lie in \[0, 1\)"),
+        ({"simulated_share": 0.5, "reconstruction_weight": 1.0}, "simulated_share must be 0 with reconstruction"),
         ({"simulated_share": 1.5}, r"simulated_share must lie in \[0, 1\]"),
         ({"head_blocks": (1, 0)}, "head_blocks must ascend"),
     ],

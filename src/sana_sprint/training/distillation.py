@@ -78,6 +78,8 @@ class DistillationSettings:
     consistency_weight: float = 1.0  # sCM
     adversarial_weight: float = 0.5  # LADD
     matching_weight: float = 0.0  # distribution matching, which is not the paper's
+    # Squared error to the data's latents. Where much is left open it blurs; where a drawing says it all it is right.
+    reconstruction_weight: float = 0.0
     head_blocks: tuple[int, ...] = (2, 8, 14, 19)
     misaligned_pairs: bool = True
     gradient_penalty: float = 0.0  # R1 on the heads' inputs
@@ -89,14 +91,15 @@ class DistillationSettings:
     compile: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.consistency_weight or self.adversarial_weight or self.matching_weight):
-            raise ValueError(
-                "consistency_weight, adversarial_weight and matching_weight are all 0: there is nothing to learn"
-            )
+        weights = ("consistency_weight", "adversarial_weight", "matching_weight", "reconstruction_weight")
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"{', '.join(weights)} are all 0: there is nothing to learn")
         if not 0 <= self.max_time_share < 1 and self.consistency_weight:
             raise ValueError(f"max_time_share must lie in [0, 1) for a consistency loss, got {self.max_time_share}")
         if not 0 <= self.simulated_share <= 1:
             raise ValueError(f"simulated_share must lie in [0, 1], got {self.simulated_share}")
+        if self.simulated_share and self.reconstruction_weight:
+            raise ValueError("simulated_share must be 0 with reconstruction_weight: what it draws is not the data's")
         if list(self.head_blocks) != sorted(set(self.head_blocks)):
             raise ValueError(f"head_blocks must ascend, got {self.head_blocks}")
 
@@ -282,11 +285,14 @@ class DistillationLosses(Objective[N]):
             losses |= self._adversarial(draws, batch, fake)
         if self.fake_score is not None:
             losses |= self._matching(draws, batch, fake, guidance)
+        if settings.reconstruction_weight:
+            losses["reconstruction"] = F.mse_loss(fake, batch.clean)
         weights = {
             "consistency": settings.consistency_weight,
             "adversarial": settings.adversarial_weight,
             "discriminator": 1.0,
             "matching": settings.matching_weight,
+            "reconstruction": settings.reconstruction_weight,
             "fake_score": 1.0,
         }
         weighted = [weight * losses[name] for name, weight in weights.items() if name in losses]
