@@ -1,21 +1,40 @@
 """One call to a pipeline that fits, drawn with for real, on the CPU."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from sana_sprint import embedded_checkpoint, load_pipeline
+from sana_sprint import (
+    SanaControlNetModel,
+    SanaSprintControlNetImg2ImgPipeline,
+    SanaSprintControlNetPipeline,
+    SanaSprintImg2ImgPipeline,
+    SanaSprintInpaintPipeline,
+    embedded_checkpoint,
+    load_pipeline,
+)
 from sana_sprint.memory.loading import load_as_planned
-from sana_sprint.memory.planner import Arrangement
+from sana_sprint.memory.planner import ARRANGEMENTS, Arrangement, Budget, all_plans
 from sana_sprint.quantisation.layers import Linear8bit, quantised_layers
 
 PROMPT = "a red circle on white"
 
 
-def drawn(pipe) -> torch.Tensor:
+def drawn(pipe, **arguments: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
-    return pipe(PROMPT, num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    generator = torch.Generator().manual_seed(0)
+    return pipe(PROMPT, num_inference_steps=1, generator=generator, output_type="pt", **arguments).images
+
+
+@pytest.fixture(scope="module")
+def picture() -> torch.Tensor:
+    return torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.float() - exact.float()).norm() / exact.float().norm()).item()
 
 
 def test_with_room_for_everything_nothing_is_quantised():
@@ -32,7 +51,7 @@ def test_quantised_it_draws_nearly_the_same(quantization, share):
     pipe = load_pipeline(embedded_checkpoint(), quantization=quantization, device="cpu")
     assert f"{pipe.memory_plan.arrangement.bits}bit" == quantization
     assert len(list(quantised_layers(pipe.transformer))) == 50
-    assert 0 < (drawn(pipe) - exact).norm() / exact.norm() < share
+    assert 0 < relative_error(drawn(pipe), exact) < share
 
 
 def test_with_less_memory_there_are_fewer_bits():
@@ -100,3 +119,98 @@ def test_a_quantised_folder_keeps_its_bits(tmp_path):
     with pytest.raises(ValueError, match="quantised to 8 bits already, asked for 16"):
         load_pipeline(tmp_path, quantization="none", device="cpu")
     assert len(list(quantised_layers(again.transformer))) == 50
+
+
+@pytest.mark.parametrize("kind", [SanaSprintImg2ImgPipeline, SanaSprintInpaintPipeline])
+def test_a_pipeline_that_starts_from_a_picture_is_planned_with_its_encoding(kind, picture):
+    pipe = load_pipeline(embedded_checkpoint(), device="cpu", pipeline_class=kind)
+    assert type(pipe) is kind
+    assert [*pipe.memory_plan.stages] == ["encode picture", "encode", "denoise", "decode"]
+    plain = load_pipeline(embedded_checkpoint(), device="cpu")
+    assert [*plain.memory_plan.stages] == ["encode", "denoise", "decode"]
+    given = {"image": picture, "strength": 0.7}
+    if kind is SanaSprintInpaintPipeline:
+        given["mask_image"] = torch.ones(64, 64)
+    assert torch.equal(drawn(pipe, **given), drawn(kind.from_pipe(plain), **given))
+
+
+@pytest.mark.parametrize(("quantization", "share"), [("8bit", 0.1), ("4bit", 0.4)])
+@pytest.mark.parametrize(("control", "products"), [("after", 10), ("both", 30)])  # one block, and three
+def test_a_controlnet_gets_the_bits_of_the_transformer(
+    quantization, share, control, products, control_folders, picture
+):
+    drawings = {"control_image": [picture] * 2 if control == "both" else picture}
+    options: dict[str, Any] = {"controlnet": control_folders[control], "pipeline_class": SanaSprintControlNetPipeline}
+    exact = load_pipeline(embedded_checkpoint(), quantization="none", device="cpu", **options)
+    pipe = load_pipeline(embedded_checkpoint(), quantization=quantization, device="cpu", **options)
+    assert [*pipe.memory_plan.stages] == ["encode picture", "encode", "denoise", "decode"]
+    assert "controlnet" in pipe.memory_plan.to_quantise
+    numbers = [len(list(quantised_layers(one))) for one in (exact.controlnet, pipe.controlnet, pipe.transformer)]
+    assert numbers == [0, products, 50]
+    follows = drawn(exact, **drawings)
+    assert 0 < relative_error(drawn(pipe, **drawings), follows) < share
+    alone = load_pipeline(embedded_checkpoint(), quantization="none", device="cpu")
+    assert relative_error(drawn(alone), follows) > 0.01
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit"])
+def test_a_folder_with_a_controlnet_of_its_own_needs_no_other(quantization, control_folders, picture, tmp_path):
+    kind = SanaSprintControlNetImg2ImgPipeline
+    options: dict[str, Any] = {"memory": "4GB", "device": "cpu", "pipeline_class": kind}
+    given = {"image": picture, "strength": 0.7, "control_image": picture}
+    plain = load_pipeline(embedded_checkpoint(), controlnet=str(control_folders["after"]), **options)
+    plain.save_pretrained(tmp_path)
+    pipe = load_pipeline(tmp_path, quantization=quantization, **options)
+    other = load_pipeline(
+        embedded_checkpoint(), quantization=quantization, controlnet=str(control_folders["after"]), **options
+    )
+    assert pipe.memory_plan == other.memory_plan
+    assert torch.equal(drawn(pipe, **given), drawn(other, **given))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"controlnet": "somewhere"}, ValueError, "a SanaSprintPipeline has no ControlNet, got controlnet='somewhere'"),
+        ({"pipeline_class": SanaSprintControlNetPipeline}, OSError, "config.json"),
+        ({"pipeline_class": SanaSprintControlNetPipeline, "controlnet": "no/where/at/all"}, OSError, "no/where/at/all"),
+        (
+            {"pipeline_class": SanaSprintControlNetPipeline, "controlnet": embedded_checkpoint() / "transformer"},
+            ValueError,
+            "must be a SanaControlNetModel or a SanaMultiControlNetModel, got a SanaTransformer2DModel",
+        ),
+        (
+            {"pipeline_class": SanaSprintControlNetPipeline, "controlnet": torch.nn.Identity()},
+            ValueError,
+            r"one that is loaded goes with SanaSprintControlNetPipeline\.from_pipe",
+        ),
+    ],
+)
+def test_a_controlnet_that_cannot_be_loaded_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        load_pipeline(embedded_checkpoint(), device="cpu", **options)
+
+
+# Blocks come and go in streams, which a CPU has not.
+ON_CPU = [one for one in ARRANGEMENTS if one.placement != "group offload"]
+
+
+@pytest.mark.parametrize("arrangement", ON_CPU, ids=str)
+def test_other_pipelines_are_made_of_one_that_was_loaded_as_planned(arrangement, small, control_folders, picture):
+    plan = next(one for one in all_plans(small, Budget(2**40)) if one.arrangement == arrangement)
+
+    def load(**options: Any) -> Any:
+        return load_as_planned(embedded_checkpoint(), plan, torch.device("cpu"), torch.bfloat16, **options)
+
+    pipe = load()
+    before = drawn(pipe)
+    start = {"image": picture, "strength": 0.7}
+    redraw = SanaSprintImg2ImgPipeline.from_pipe(pipe)
+    assert torch.equal(drawn(redraw, **start), drawn(load(pipeline_class=SanaSprintImg2ImgPipeline), **start))
+    controlnet = SanaControlNetModel.from_pretrained(control_folders["after"], torch_dtype=torch.bfloat16)
+    follow = SanaSprintControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
+    assert relative_error(drawn(follow, control_image=picture), before) > 0.01
+    assert torch.equal(drawn(pipe), before)
+    networks = [pipe.text_encoder, pipe.transformer, pipe.vae]
+    assert {network.dtype for network in networks} == {torch.bfloat16}
+    assert networks == [redraw.text_encoder, redraw.transformer, redraw.vae]

@@ -1,11 +1,21 @@
 """Which arrangement a budget gets, and what is said about it."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 
-from sana_sprint.memory.planner import ARRANGEMENTS, Arrangement, Budget, all_plans, best_plan
-from sana_sprint.memory.stages import Networks, Workload, weight_bytes
+from sana_sprint.memory.planner import (
+    ARRANGEMENTS,
+    PROCESS_BYTES,
+    Arrangement,
+    Budget,
+    MemoryPlan,
+    StageBytes,
+    all_plans,
+    best_plan,
+)
+from sana_sprint.memory.stages import Networks, Workload, streamed_bytes, unpacked_bytes, weight_bytes
 
 GIB = 2**30
 
@@ -79,10 +89,7 @@ def stored(sprint: Networks, **bits: int) -> Networks:
     configs = deepcopy(sprint.configs)
     for name, number in bits.items():
         setting = {"quantization_config": {"load_in_8bit": number == 8, "load_in_4bit": number == 4}}
-        if name == "transformer":
-            configs.transformer.update(setting)
-        else:
-            configs.text_encoder.update(setting)
+        getattr(configs, name).update(setting)
     return Networks(configs, sprint.workload)
 
 
@@ -153,3 +160,84 @@ def test_every_stage_of_every_plan_is_counted(sprint):
     on_host = plans["16-bit, encoder on host"]
     assert on_host.host == offloaded.stages["encode"].weights + sprint.kept_bytes
     assert on_host.stages["encode"].work == 0
+
+
+@pytest.fixture(scope="module")
+def from_picture(sprint) -> Networks:
+    """The same model for a call that starts from a picture."""
+    return Networks(sprint.configs, replace(sprint.workload, starts_from_picture=True))
+
+
+@pytest.fixture(scope="module")
+def controlled(sprint) -> Networks:
+    """The same model with a ControlNet of seven blocks, as NVlabs' are."""
+    config = {**sprint.configs.transformer, "num_layers": 7, "_class_name": "SanaControlNetModel"}
+    return Networks(replace(sprint.configs, controlnet=config), sprint.workload)
+
+
+def pairs(first: Networks, second: Networks, budget: Budget) -> list[tuple[MemoryPlan, MemoryPlan]]:
+    """The plans for two calls, by arrangement."""
+    plans = [all_plans(networks, budget) for networks in (first, second)]
+    return list(zip(*plans, strict=True))
+
+
+@pytest.mark.parametrize("budget", [Budget(24 * GIB), Budget(None)], ids=["card", "CPU"])
+def test_a_picture_to_start_from_adds_its_encoding_and_nothing_else(sprint, from_picture, budget):
+    for plain, other in pairs(sprint, from_picture, budget):
+        stages = dict(other.stages)
+        encoding = stages.pop("encode picture")
+        assert next(iter(other.stages)) == "encode picture"
+        assert (stages, other.host, other.arrangement) == (plain.stages, plain.host, plain.arrangement)
+        # The autoencoder's weights are where they are for the decode, and so is what the text encoder has kept.
+        kept = sprint.kept_bytes if other.arrangement.placement == "resident" else 0
+        assert encoding == StageBytes(plain.stages["decode"].weights, from_picture.encode_picture_bytes() + kept)
+        assert other.peak == max(plain.peak, encoding.peak + (PROCESS_BYTES if budget.device is None else 0))
+
+
+def test_an_encoding_that_does_not_fit_is_tiled_as_a_decode_is(from_picture):
+    large = Networks(from_picture.configs, replace(from_picture.workload, height=1536, width=1536))
+    whole = all_plans(large, Budget(None))[0]
+    assert whole.stages["encode picture"].peak > whole.stages["decode"].peak
+    # Too little for the encoding alone.
+    tiled = all_plans(large, Budget(None, whole.peak - 1))[0]
+    assert (tiled.arrangement.tile, tiled.fits) == (1024, True)
+    assert tiled.stages["encode picture"].work == large.encode_picture_bytes(1024) + large.kept_bytes
+
+
+def test_a_controlnet_is_wherever_the_transformer_is(sprint, controlled):
+    for plain, other in pairs(sprint, controlled, Budget(24 * GIB)):
+        arrangement = other.arrangement
+        added = weight_bytes(controlled.controlnet, arrangement.bits)
+        more = {name: other.stages[name].weights - stage.weights for name, stage in plain.stages.items()}
+        if arrangement.placement in ("resident", "encoder on host"):
+            assert set(more.values()) == {added}
+            assert other.host == plain.host
+        elif arrangement.placement == "model offload":
+            assert more == {"encode": 0, "denoise": added, "decode": 0}
+            assert other.host - plain.host == added
+        else:
+            blocks = max(streamed_bytes(one) for one in (controlled.controlnet, controlled.transformer))
+            assert other.stages["denoise"].weights == blocks < added
+            assert other.host - plain.host == added
+        work = other.stages["denoise"].work - plain.stages["denoise"].work
+        assert work == controlled.denoise_bytes - sprint.denoise_bytes
+        assert set(other.to_quantise) == ({*plain.to_quantise, "controlnet"} if arrangement.bits != 16 else set())
+
+
+def test_with_a_controlnet_a_card_gets_what_fits_beside_it(sprint, controlled):
+    plain, other = (best_plan(all_plans(networks, Budget(int(4.6 * GIB)))) for networks in (sprint, controlled))
+    assert plain.arrangement == Arrangement(16, "encoder on host")
+    assert other.arrangement == Arrangement(8, "encoder on host")
+
+
+def test_a_controlnet_that_is_quantised_keeps_its_bits(sprint, controlled):
+    plans = {str(plan.arrangement): plan for plan in all_plans(stored(controlled, controlnet=4), Budget(24 * GIB))}
+    assert "16-bit, group offload" not in plans
+    assert plans["8-bit, resident"].to_quantise == ("text_encoder", "transformer")
+    best = best_plan(list(plans.values()))
+    assert str(best).endswith("controlnet stays in the checkpoint's 4 bits")
+    parts = (sprint.text_encoder, sprint.transformer, sprint.vae)
+    assert best.arrangement == Arrangement(16, "resident")
+    assert best.stages["encode"].weights == sum(map(weight_bytes, parts)) + weight_bytes(controlled.controlnet, 4)
+    unpacked = unpacked_bytes(controlled.controlnet, 4)
+    assert best.stages["denoise"].work == controlled.denoise_bytes + unpacked + controlled.kept_bytes

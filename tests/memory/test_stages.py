@@ -7,8 +7,15 @@ import torch
 from diffusers import BitsAndBytesConfig
 from transformers import Gemma2Model
 
-from sana_sprint import AutoencoderDC, SanaTransformer2DModel, embedded_checkpoint
-from sana_sprint.memory.configs import PUBLISHED, read_configs
+from sana_sprint import (
+    AutoencoderDC,
+    SanaControlNetModel,
+    SanaSprintControlNetPipeline,
+    SanaSprintImg2ImgPipeline,
+    SanaTransformer2DModel,
+    embedded_checkpoint,
+)
+from sana_sprint.memory.configs import PUBLISHED, controlnet_class, read_configs, read_controlnet
 from sana_sprint.memory.stages import (
     INSTRUCTION_TOKENS,
     Networks,
@@ -25,11 +32,26 @@ from sana_sprint.text.prefix import read_behind, read_prefix
 CONFIGS = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}}
 
 
-@pytest.fixture(scope="module")
-def transformer() -> SanaTransformer2DModel:
-    return SanaTransformer2DModel.from_pretrained(
-        embedded_checkpoint(), subfolder="transformer", torch_dtype=torch.bfloat16
-    )
+KINDS = ("after", "before", "both")
+
+
+@pytest.fixture
+def controlled(small, control_folders):
+    """The same networks with a ControlNet: one of the folders by its name, or a number of blocks."""
+
+    def networks(control: str | int) -> Networks:
+        found = control if isinstance(control, int) else read_controlnet(control_folders[control])
+        return Networks(replace(small.configs, controlnet=found), small.workload)
+
+    return networks
+
+
+def numbers_of(model: torch.nn.Module) -> int:
+    """Bytes of a quantised model: without what describes the codes, some hundred bytes a layer; with the positions."""
+    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
+    described = ("quant_map", "bitsandbytes__", "weight_format")
+    found = sum(size for name, size in sizes.items() if not any(part in name for part in described))
+    return found + 2 * sum(buffer.numel() for buffer in model.buffers())  # which are in no state dict
 
 
 def test_published_models_have_their_published_numbers_of_parameters():
@@ -55,12 +77,16 @@ def test_quantised_weights_take_what_was_counted(bits, small):
         torch_dtype=torch.bfloat16,
         quantization_config=BitsAndBytesConfig(**CONFIGS[bits]),
     )
-    # Without what describes the codes, some hundred bytes a layer; with the positions, which are in no state dict.
-    sizes = {name: t.numel() * t.element_size() for name, t in model.state_dict().items()}
-    described = ("quant_map", "bitsandbytes__", "weight_format")
-    found = sum(size for name, size in sizes.items() if not any(part in name for part in described))
-    found += 2 * sum(buffer.numel() for buffer in model.buffers())
-    assert weight_bytes(small.transformer, bits) == found
+    assert weight_bytes(small.transformer, bits) == numbers_of(model)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_controlnets_take_what_was_counted(kind, bits, controlled, control_folders):
+    model = controlnet_class(read_controlnet(control_folders[kind])).from_pretrained(
+        control_folders[kind], torch_dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**CONFIGS[bits])
+    )
+    assert weight_bytes(controlled(kind).controlnet, bits) == numbers_of(model)
 
 
 @torch.no_grad()
@@ -77,6 +103,80 @@ def test_a_step_and_a_decode_take_what_was_counted(small, transformer):
     # The library's convolutions choose their memory format, which costs a copy here and there.
     assert small.denoise_bytes == pytest.approx(step.peak, rel=0.05)
     assert small.decode_bytes() == pytest.approx(decode.peak, rel=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_with_controlnets_takes_what_was_counted(kind, controlled, control_folders, small):
+    pipe = SanaSprintControlNetPipeline.from_pretrained(
+        embedded_checkpoint(),
+        torch_dtype=torch.bfloat16,
+        controlnet=controlnet_class(read_controlnet(control_folders[kind])).from_pretrained(
+            control_folders[kind], torch_dtype=torch.bfloat16
+        ),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    counts: list[PeakBytes] = []
+    step = pipe.flow_velocity
+
+    def counted_step(*arguments: object) -> torch.Tensor:
+        with PeakBytes() as steps:
+            counts.append(steps)
+            return step(*arguments)
+
+    pipe.flow_velocity = counted_step
+    text = torch.zeros(1, 300, 128, dtype=torch.bfloat16), torch.ones(1, 300, dtype=torch.long)
+    drawing = torch.rand(1, 3, 64, 64)
+    pipe(
+        prompt_embeds=text[0],
+        prompt_attention_mask=text[1],
+        control_image=[drawing] * 2 if kind == "both" else drawing,
+        num_inference_steps=1,
+        output_type="latent",
+    )
+    networks = controlled(kind)
+    assert networks.denoise_bytes == pytest.approx(counts[0].peak, rel=0.05)  # casts and masks
+    assert networks.denoise_bytes > small.denoise_bytes
+    assert (networks.encode_bytes, networks.decode_bytes()) == (small.encode_bytes, small.decode_bytes())
+
+
+def test_a_number_of_blocks_stands_for_a_controlnet_that_copies_so_many(controlled, transformer):
+    networks = controlled(3)
+    copied = SanaControlNetModel.from_transformer(transformer, num_layers=3)
+    assert weight_bytes(networks.controlnet) == weight_bytes(copied)
+    assert controlled(1).denoise_bytes == controlled("after").denoise_bytes < networks.denoise_bytes
+    with pytest.raises(ValueError, match="num_layers must be from 1 to 4 for a transformer of 5 blocks, got 5"):
+        assert controlled(5).controlnet
+
+
+def test_a_controlnet_that_was_made_for_another_transformer_is_refused(controlled, control_folders, sprint):
+    configs = replace(sprint.configs, controlnet=read_controlnet(control_folders["after"]))
+    with pytest.raises(ValueError, match="controlnet must have the transformer's in_channels=32, got 16"):
+        assert Networks(configs, sprint.workload).controlnet
+
+
+def test_a_picture_is_encoded_where_a_call_starts_from_one_or_follows_a_drawing(small, controlled):
+    starting = Networks(small.configs, replace(small.workload, starts_from_picture=True))
+    assert [*small.stage_bytes()] == ["encode", "denoise", "decode"]
+    for networks in (starting, controlled("after")):
+        assert [*networks.stage_bytes()] == ["encode picture", "encode", "denoise", "decode"]
+        assert networks.stage_bytes()["encode picture"] == small.encode_picture_bytes()
+
+
+def test_encoding_a_picture_takes_what_was_counted(small):
+    pipe = SanaSprintImg2ImgPipeline.from_pretrained(embedded_checkpoint(), torch_dtype=torch.bfloat16)
+    picture = torch.rand(1, 3, 64, 64)
+    with PeakBytes() as encode:
+        pipe.encode_image(picture)
+    assert small.encode_picture_bytes() == pytest.approx(encode.peak, rel=0.05)  # as for a decode
+
+
+def test_large_pictures_are_encoded_in_strips(small):
+    networks = Networks(small.configs, replace(small.workload, height=512, width=256, batch_size=2))
+    in_strips = networks.encode_picture_bytes()
+    whole = Networks(networks.configs, networks.workload)
+    whole.vae.disable_strips()
+    assert in_strips < whole.encode_picture_bytes() / 2
 
 
 @torch.no_grad()
@@ -101,9 +201,19 @@ def test_two_tiles_are_enough_to_know_what_all_of_them_take(height, width, small
     assert large.decode_bytes(256) == pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (768, 256), (192, 768)])
+def test_two_tiles_are_enough_to_know_what_encoding_all_of_them_takes(height, width, small):
+    large = Networks(small.configs, replace(small.workload, height=height, width=width, batch_size=2))
+    pixels = torch.empty(2, 3, height, width, device="meta").bfloat16()
+    large.vae.enable_tiling(256, 256)
+    whole = count(lambda: large.vae.encode(pixels)).peak
+    assert large.encode_picture_bytes(256) == pytest.approx(whole + pixels.nbytes, rel=1e-3)  # as above
+
+
 def test_larger_pictures_and_batches_take_more_and_tiles_less(small):
     large = Networks(small.configs, replace(small.workload, height=256, width=512, batch_size=2))
     assert large.encode_bytes > small.encode_bytes
+    assert large.encode_picture_bytes() > large.encode_picture_bytes(64) > small.encode_picture_bytes()
     assert large.denoise_bytes > 16 * small.denoise_bytes
     assert large.decode_bytes() > large.decode_bytes(64) > small.decode_bytes()
 
@@ -111,6 +221,7 @@ def test_larger_pictures_and_batches_take_more_and_tiles_less(small):
 def test_sizes_between_the_cells_of_the_latents_are_rounded_up(small):
     odd, even = (Networks(small.configs, replace(small.workload, height=height)) for height in (97, 104))
     assert odd.decode_bytes() == even.decode_bytes() > small.decode_bytes()
+    assert odd.encode_picture_bytes() == even.encode_picture_bytes() > small.encode_picture_bytes()
 
 
 def test_under_group_offload_there_are_two_blocks_and_what_is_in_no_block(small):

@@ -53,10 +53,9 @@ def test_the_blocks_are_quantised_and_the_ways_in_and_out_are_not(control, confi
         "conv_inverted",
         "conv_point",
     }
-    assert all(
-        torch.equal(model.state_dict()[name], tensor)
-        for name, tensor in control.controlnet_blocks.state_dict(prefix="controlnet_blocks.").items()
-    )
+    ways = [name for name in control.state_dict() if name.startswith(("input_block.", "controlnet_blocks."))]
+    assert len(ways) == 4
+    assert all(torch.equal(model.state_dict()[name], control.state_dict()[name]) for name in ways)
 
     error = error_of(residual_of(model), residual_of(control))
     assert 0 < error < ERRORS[8 if config.load_in_8bit else 4]
@@ -67,6 +66,14 @@ def test_the_blocks_are_quantised_and_the_ways_in_and_out_are_not(control, confi
     again = SanaControlNetModel.from_pretrained(tmp_path / "quantised", torch_dtype=torch.bfloat16, device_map="cpu")
     assert equal_states(again, model)
     assert torch.equal(residual_of(again), residual_of(model))
+
+
+def test_a_controlnet_that_has_learnt_nothing_adds_nothing_when_it_is_quantised(wide_transformer, config, tmp_path):
+    SanaControlNetModel.from_transformer(wide_transformer, num_layers=1).save_pretrained(tmp_path)
+    model = SanaControlNetModel.from_pretrained(
+        tmp_path, quantization_config=config, torch_dtype=torch.bfloat16, device_map="cpu"
+    )
+    assert not residual_of(model).any()
 
 
 def test_a_quantised_transformer_cannot_be_copied(load, config):

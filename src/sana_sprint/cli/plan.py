@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sana_sprint.cli import screen
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 _MODEL = "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"
 
 
+def _folder_or_blocks(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
     parser.add_argument(
@@ -28,17 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=whole_number(1), default=1, metavar="N", help="pictures drawn at once (%(default)s)"
     )
+    parser.add_argument(
+        "--init-image", action="store_true", help="for pictures that start from others: encoding these is counted too"
+    )
+    parser.add_argument(
+        "--controlnet",
+        type=_folder_or_blocks,
+        metavar="CONTROLNET",
+        help=f"for pictures after drawings: a ControlNet's folder, a hub id, {EMBEDDED}, or the number of its blocks",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
     parser.set_defaults(run=run)
 
 
 def table(plans: "list[MemoryPlan]") -> list[str]:
     """The plans in lines, with what each takes."""
-    from sana_sprint.memory.planner import STAGES
-
-    rows: list[tuple[str, ...]] = [("arrangement", *STAGES, "most", "machine", "fits")]
+    rows: list[tuple[str, ...]] = [("arrangement", *plans[0].stages, "most", "machine", "fits")]
     for plan in plans:
-        peaks = (readable_bytes(plan.stages[stage].peak) for stage in STAGES)
+        peaks = (readable_bytes(stage.peak) for stage in plan.stages.values())
         host = readable_bytes(plan.host) if plan.host else "-"
         rows.append((str(plan.arrangement), *peaks, readable_bytes(plan.peak), host, "yes" if plan.fits else "no"))
     return aligned(rows)
@@ -55,6 +67,12 @@ def code_line(options: argparse.Namespace, has_gpu: bool) -> str:
         arguments.append(f"width={options.size[0]}, height={options.size[1]}")
     if options.batch != 1:
         arguments.append(f"batch_size={options.batch}")
+    has_control = options.controlnet is not None
+    if has_control or options.init_image:
+        kind = ("ControlNet" if has_control else "") + ("Img2Img" if options.init_image else "")
+        arguments.append(f"pipeline_class=sana_sprint.SanaSprint{kind}Pipeline")
+    if has_control:
+        arguments.append(f'controlnet="{"FOLDER" if isinstance(options.controlnet, int) else options.controlnet}"')
     return f"pipe = sana_sprint.load_pipeline({', '.join(arguments)})"
 
 
@@ -85,18 +103,27 @@ def run(options: argparse.Namespace) -> None:
     with screen.quiet_libraries():
         import torch
 
-        from sana_sprint.assets import embedded_checkpoint
-        from sana_sprint.memory.configs import read_configs
+        from sana_sprint.assets import embedded_checkpoint, embedded_controlnet
+        from sana_sprint.memory.configs import read_configs, read_controlnet
         from sana_sprint.memory.loading import budget_of
         from sana_sprint.memory.planner import all_plans, best_plan
         from sana_sprint.memory.stages import Networks, Workload
 
         configs = read_configs(embedded_checkpoint() if options.model == EMBEDDED else options.model)
+        if options.controlnet == EMBEDDED:
+            options.controlnet = str(embedded_controlnet())
+        controlnet = options.controlnet
+        if isinstance(controlnet, str):
+            controlnet = read_controlnet(controlnet)
+        configs = replace(configs, controlnet=controlnet)
         has_gpu = not options.cpu and bool(options.vram or torch.cuda.is_available())
         memory = options.vram if has_gpu else options.ram
         budget = budget_of(torch.device("cuda" if has_gpu else "cpu"), memory, options.ram if has_gpu else None)
         width, height = options.size or (configs.picture_size,) * 2
-        plans = all_plans(Networks(configs, Workload(width=width, height=height, batch_size=options.batch)), budget)
+        workload = Workload(
+            width=width, height=height, batch_size=options.batch, starts_from_picture=options.init_image
+        )
+        plans = all_plans(Networks(configs, workload), budget)
     best = best_plan(plans) if any(plan.fits for plan in plans) else None
     if options.json:
         documents = [document(plan) for plan in plans]

@@ -1,13 +1,16 @@
 """A model's name to the configs of its networks; nothing but JSON is read or fetched."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig, Gemma2Config, PretrainedConfig
 
 from sana_sprint.autoencoder.model import AutoencoderDC
+from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
+from sana_sprint.transformer.multi_control import SanaMultiControlNetModel
 
 # What the published Sprint models have in common, beyond the defaults of the classes.
 _SPRINT = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads", "sample_size": 32}
@@ -38,11 +41,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class PipelineConfigs:
-    """What the three networks of a pipeline are."""
+    """What the networks of a pipeline are.
+
+    Attributes:
+        controlnet: the config of a ControlNet, or of several as one network; for one that there is no config of, the
+            number of the transformer's blocks that it copies. None for a pipeline without.
+    """
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
     text_encoder: PretrainedConfig
+    controlnet: dict[str, Any] | int | None = None
 
     @property
     def picture_size(self) -> int:
@@ -56,6 +65,7 @@ class PipelineConfigs:
         settings = {
             "transformer": self.transformer.get("quantization_config"),
             "text_encoder": getattr(self.text_encoder, "quantization_config", None),
+            "controlnet": self.controlnet.get("quantization_config") if isinstance(self.controlnet, dict) else None,
         }
         return {name: 8 if found.get("load_in_8bit") else 4 for name, found in settings.items() if found}
 
@@ -73,3 +83,24 @@ def read_configs(model: str | os.PathLike) -> PipelineConfigs:
         vae=AutoencoderDC.load_config(model, subfolder="vae"),
         text_encoder=AutoConfig.from_pretrained(model, subfolder="text_encoder"),
     )
+
+
+def controlnet_class(config: Mapping[str, Any]) -> type[SanaControlNetModel] | type[SanaMultiControlNetModel]:
+    """What a ControlNet's config, or that of several, is of; ValueError for that of another network."""
+    classes = {one.__name__: one for one in (SanaControlNetModel, SanaMultiControlNetModel)}
+    name = config.get("_class_name")
+    if name not in classes:
+        raise ValueError(f"a ControlNet must be a {' or a '.join(classes)}, got a {name}")
+    return classes[name]
+
+
+def read_controlnet(model: str | os.PathLike, subfolder: str | None = None) -> dict[str, Any]:
+    """The config of a ControlNet: its folder or its id on the hub, or a subfolder of either.
+
+    Raises:
+        OSError: if there is no such folder or ControlNet.
+        ValueError: if it is another network's.
+    """
+    config = SanaControlNetModel.load_config(model, subfolder=subfolder)
+    controlnet_class(config)
+    return config

@@ -1,6 +1,7 @@
 """A model and the memory at hand to a pipeline that fits it: plans, then calls what diffusers offers everybody."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -10,9 +11,12 @@ from accelerate.utils import get_max_memory
 from diffusers import PipelineQuantizationConfig
 
 from sana_sprint.memory.allocator import give_back_what_is_freed
-from sana_sprint.memory.configs import read_configs
+from sana_sprint.memory.configs import PipelineConfigs, controlnet_class, read_configs, read_controlnet
 from sana_sprint.memory.planner import Bits, Budget, MemoryPlan, all_plans, best_plan
 from sana_sprint.memory.stages import Networks, Workload
+from sana_sprint.pipelines.base import SprintPipeline
+from sana_sprint.pipelines.controlled import ControlledPipeline
+from sana_sprint.pipelines.from_image import FromImagePipeline
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.sizes import byte_count
 
@@ -31,8 +35,10 @@ def load_pipeline(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 1,
+    pipeline_class: type[SprintPipeline] = SanaSprintPipeline,
+    controlnet: str | os.PathLike | None = None,
     **options: Any,
-) -> SanaSprintPipeline:
+) -> Any:
     """A pipeline that is loaded in the best way for which there is memory.
 
     `sana-sprint plan` shows the ways there are. What was chosen, and why, is the pipeline's `memory_plan`. Where a CPU
@@ -48,22 +54,52 @@ def load_pipeline(
         dtype: Of everything that is not quantised.
         height, width: Of the largest pictures to be drawn, in pixels; None is what the model was trained on.
         batch_size: The most pictures to be drawn at once.
-        **options: For `SanaSprintPipeline.from_pretrained`, such as `revision` and `cache_dir`.
+        pipeline_class: Of the pipeline. For one that starts from pictures, or follows drawings, encoding these is
+            planned for as well.
+        controlnet: A ControlNet's folder, or its id on the hub, for a pipeline that follows drawings; it gets the bits
+            of the transformer. None is the model's own.
+        **options: For the pipeline's `from_pretrained`, such as `revision` and `cache_dir`.
+
+    Returns:
+        A pipeline of that class.
 
     Raises:
         ValueError: If nothing fits, and for arguments that cannot work, before any weights are read.
-        OSError: If there is no such model.
+        OSError: If there is no such model, or no such ControlNet.
     """
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)} or None, got {quantization!r}")
     device = _device() if device is None else torch.device(device)
-    configs = read_configs(model)
+    configs = _configs(model, pipeline_class, controlnet)
     side = configs.picture_size
-    size = Workload(height=height or side, width=width or side, batch_size=batch_size, dtype=dtype)
+    size = Workload(
+        height=height or side,
+        width=width or side,
+        batch_size=batch_size,
+        starts_from_picture=issubclass(pipeline_class, FromImagePipeline),
+        dtype=dtype,
+    )
     budget = budget_of(device, *(None if amount is None else byte_count(amount) for amount in (memory, ram)))
     plans = all_plans(Networks(configs, size), budget)
     plan = best_plan(plans, None if quantization is None else QUANTIZATIONS[quantization])
-    return load_as_planned(model, plan, device, dtype, **options)
+    return load_as_planned(model, plan, device, dtype, pipeline_class, controlnet, **options)
+
+
+def _configs(model: str | os.PathLike, pipeline_class: type[SprintPipeline], controlnet: Any) -> PipelineConfigs:
+    """Of the networks that such a pipeline has; ValueError for a ControlNet that it has not, or that is loaded."""
+    follows_drawings = issubclass(pipeline_class, ControlledPipeline)
+    if controlnet is not None and not follows_drawings:
+        raise ValueError(f"a {pipeline_class.__name__} has no ControlNet, got controlnet={controlnet!r}")
+    if controlnet is not None and not isinstance(controlnet, (str, os.PathLike)):
+        raise ValueError(
+            "controlnet must be a folder or an id on the hub, to be loaded as planned: one that is loaded goes with"
+            f" {pipeline_class.__name__}.from_pipe(load_pipeline(...), controlnet=controlnet)"
+        )
+    configs = read_configs(model)
+    if not follows_drawings:
+        return configs
+    found = read_controlnet(model, "controlnet") if controlnet is None else read_controlnet(controlnet)
+    return replace(configs, controlnet=found)
 
 
 def budget_of(device: torch.device, memory: int | None, ram: int | None = None) -> Budget:
@@ -75,17 +111,28 @@ def budget_of(device: torch.device, memory: int | None, ram: int | None = None) 
 
 
 def load_as_planned(
-    model: str | os.PathLike, plan: MemoryPlan, device: torch.device, dtype: torch.dtype, **options: Any
-) -> SanaSprintPipeline:
-    """A pipeline in the arrangement of a plan, ready to draw on a device; options as for `from_pretrained`."""
+    model: str | os.PathLike,
+    plan: MemoryPlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    pipeline_class: type[SprintPipeline] = SanaSprintPipeline,
+    controlnet: str | os.PathLike | None = None,
+    **options: Any,
+) -> Any:
+    """A pipeline in the arrangement of a plan, ready to draw on a device; arguments as for `load_pipeline`."""
     placement, tile = plan.arrangement.placement, plan.arrangement.tile
     if device.type == "cpu" and (plan.to_quantise or plan.stored):
         give_back_what_is_freed()
-    if plan.to_quantise:
-        options["quantization_config"] = _quantization(plan, dtype)
+    quantizations = _quantizations(plan, dtype)
+    if controlnet is not None:
+        options["controlnet"] = controlnet_class(read_controlnet(controlnet)).from_pretrained(
+            controlnet, torch_dtype=dtype, quantization_config=quantizations.pop("controlnet", None)
+        )
+    if quantizations:
+        options["quantization_config"] = PipelineQuantizationConfig(quant_mapping=quantizations)
     if placement == "encoder on host":
-        options["device_map"] = {"text_encoder": "cpu", "transformer": str(device), "vae": str(device)}
-    pipe = SanaSprintPipeline.from_pretrained(model, torch_dtype=dtype, **options)
+        options["device_map"] = {"text_encoder": "cpu", "": str(device)}
+    pipe = pipeline_class.from_pretrained(model, torch_dtype=dtype, **options)
     if placement == "resident":
         pipe.to(device)
     elif placement == "model offload":
@@ -102,15 +149,16 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _quantization(plan: MemoryPlan, dtype: torch.dtype) -> PipelineQuantizationConfig:
-    """Of the plan's bits, for the networks that it names."""
+def _quantizations(plan: MemoryPlan, dtype: torch.dtype) -> dict[str, Any]:
+    """The plan's bits as configs, for the networks that it names."""
     settings: dict[str, Any] = (
         {"load_in_8bit": True}
         if plan.arrangement.bits == 8
         else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     )
     configs = {
-        "transformer": diffusers.BitsAndBytesConfig(**settings),
         "text_encoder": transformers.BitsAndBytesConfig(**settings),
+        "controlnet": diffusers.BitsAndBytesConfig(**settings),
+        "transformer": diffusers.BitsAndBytesConfig(**settings),
     }
-    return PipelineQuantizationConfig(quant_mapping={name: configs[name] for name in plan.to_quantise})
+    return {name: configs[name] for name in plan.to_quantise}

@@ -17,14 +17,19 @@ from sana_sprint.sizes import readable_bytes
 Bits = Literal[16, 8, 4]
 Placement = Literal["resident", "encoder on host", "model offload", "group offload"]
 
-STAGES = ("encode", "denoise", "decode")
-NETWORKS = ("text_encoder", "transformer", "vae")
+# The networks that run in each stage of a call, those of them that a pipeline has.
+_RUNNING: dict[str, tuple[str, ...]] = {
+    "encode picture": ("vae",),
+    "encode": ("text_encoder",),
+    "denoise": ("controlnet", "transformer"),
+    "decode": ("vae",),
+}
 
 # Of a GPU's memory, what CUDA's context and libraries take, and the part that the allocator cannot hand out whole.
 _CONTEXT_BYTES, _USABLE_SHARE = 500 * 2**20, 0.95
 # Of a process without a GPU: Python with torch, diffusers and transformers imported (measured).
 PROCESS_BYTES = 500 * 2**20
-# Pixels of a tile's side, tried in this order where a decode does not fit in one piece.
+# Pixels of a tile's side, tried in this order where the autoencoder's work does not fit in one piece.
 _TILES = (1024, 768, 512, 384, 256)
 
 
@@ -46,11 +51,12 @@ class Arrangement:
     """How a pipeline is loaded.
 
     Attributes:
-        bits: of the weights of transformer and text encoder; a text encoder on the host keeps 16, and a network that
-            is quantised in the checkpoint its own.
+        bits: of the weights of transformer, ControlNet and text encoder; a text encoder on the host keeps 16, and a
+            network that is quantised in the checkpoint its own.
         placement: "resident": all on the device; "encoder on host": the text encoder stays and runs on the CPU;
-            "model offload": one network on the device at a time; "group offload": one block of a network at a time.
-        tile: pixels of a tile's side in the decode; None decodes in one piece.
+            "model offload": one network on the device at a time, and the ControlNet with the transformer; "group
+            offload": one block of a network at a time.
+        tile: pixels of a tile's side where pictures are decoded and encoded; None does so in one piece.
     """
 
     bits: Bits = 16
@@ -95,7 +101,8 @@ class MemoryPlan:
     """An arrangement with what it takes.
 
     Attributes:
-        stages: bytes per stage of `STAGES`, on the device, which is the CPU where there is no accelerator.
+        stages: bytes of each stage of a call, in their order, on the device, which is the CPU where there is no
+            accelerator. The first, "encode picture", is for calls that start from a picture or follow a drawing.
         host: bytes of what waits or works in the machine's memory beside an accelerator.
         budget: the memory that was planned for.
         to_quantise: names of the networks that are quantised while they are loaded.
@@ -133,56 +140,60 @@ class MemoryPlan:
         return f"{self.arrangement}: {need}; {self.reason}{stored}"
 
 
-def _quantised(placement: Placement) -> tuple[str, ...]:
+def _quantised(networks: Networks, placement: Placement) -> tuple[str, ...]:
     """The networks to which an arrangement's bits apply."""
     # A text encoder on the host keeps 16 bits, and so does the autoencoder, whose layers are no matrix products.
-    return ("transformer",) if placement == "encoder on host" else ("text_encoder", "transformer")
+    kept = ("vae", "text_encoder") if placement == "encoder on host" else ("vae",)
+    return tuple(name for name in networks.modules if name not in kept)
 
 
-def _differs(arrangement: Arrangement, stored: Mapping[str, int]) -> bool:
+def _differs(networks: Networks, arrangement: Arrangement) -> bool:
     """Whether an arrangement is possible, and no other one by another name, with what the checkpoint has quantised."""
+    stored = networks.configs.stored_bits()
     if stored and arrangement.placement == "group offload":
         return False
-    decides = any(name not in stored for name in _quantised(arrangement.placement))
+    decides = any(name not in stored for name in _quantised(networks, arrangement.placement))
     return arrangement.bits == stored.get("transformer", 16) or decides
 
 
 def _plan(networks: Networks, arrangement: Arrangement, budget: Budget) -> MemoryPlan:
-    stored, placement = networks.configs.stored_bits(), arrangement.placement
-    modules = {name: getattr(networks, name) for name in NETWORKS}
-    quantised = _quantised(placement)
-    bits = {name: arrangement.bits if name in quantised else 16 for name in NETWORKS} | stored
+    stored, placement, modules = networks.configs.stored_bits(), arrangement.placement, networks.modules
+    quantised = _quantised(networks, placement)
+    bits = {name: arrangement.bits if name in quantised else 16 for name in modules} | stored
     weights = {name: weight_bytes(module, bits[name]) for name, module in modules.items()}
     if budget.device is None:
         weights["text_encoder"] -= table_bytes(modules["text_encoder"])
-    work = {
-        "text_encoder": networks.encode_bytes + unpacked_bytes(modules["text_encoder"], bits["text_encoder"]),
-        "transformer": networks.denoise_bytes + unpacked_bytes(modules["transformer"], bits["transformer"]),
-        "vae": networks.decode_bytes(arrangement.tile),
-    }
+    work = networks.stage_bytes(arrangement.tile)
+    running = {stage: [name for name in _RUNNING[stage] if name in modules] for stage in work}
+    for stage, names in running.items():
+        work[stage] += max(unpacked_bytes(modules[name], bits[name]) for name in names)
     total, kept = sum(weights.values()), networks.kept_bytes
     if placement == "resident":
-        on_device, host = dict.fromkeys(NETWORKS, total), 0
-        work = {name: taken if name == "text_encoder" else taken + kept for name, taken in work.items()}
+        on_device, host = dict.fromkeys(work, total), 0
+        work = {stage: taken if stage == "encode" else taken + kept for stage, taken in work.items()}
     elif placement == "encoder on host":
         host = weights["text_encoder"] + kept
-        on_device = dict.fromkeys(NETWORKS, total - weights["text_encoder"])
-        work["text_encoder"] = 0
+        on_device = dict.fromkeys(work, total - weights["text_encoder"])
+        work["encode"] = 0
+    elif placement == "model offload":
+        host = total + kept
+        # From the second step on, the transformer is still there when the ControlNet comes back.
+        on_device = {stage: sum(weights[name] for name in names) for stage, names in running.items()}
     else:
         host = total + kept
-        on_device = weights
-        if placement == "group offload":
-            on_device = {name: streamed_bytes(module) for name, module in modules.items()}
-            on_device["vae"] = largest_layer_bytes(modules["vae"])  # its blocks run in strips, not one after the other
-    stages = {stage: StageBytes(on_device[name], work[name]) for stage, name in zip(STAGES, NETWORKS, strict=True)}
+        streamed = {name: streamed_bytes(module) for name, module in modules.items()}
+        streamed["vae"] = largest_layer_bytes(modules["vae"])  # its blocks run in strips, not one after the other
+        on_device = {stage: max(streamed[name] for name in names) for stage, names in running.items()}
+    stages = {stage: StageBytes(on_device[stage], work[stage]) for stage in work}
     to_quantise = () if arrangement.bits == 16 else tuple(name for name in quantised if name not in stored)
     return MemoryPlan(arrangement, stages, host, budget, to_quantise, stored)
 
 
 def _tiled_if_needed(networks: Networks, arrangement: Arrangement, budget: Budget) -> MemoryPlan:
     plan = _plan(networks, arrangement, budget)
-    # The least that tiles could leave: they change nothing but what the decode works with.
-    without = replace(plan, stages=plan.stages | {"decode": replace(plan.stages["decode"], work=0)})
+    # The least that tiles could leave: they change nothing but what the autoencoder works with.
+    least = {name: replace(stage, work=0) for name, stage in plan.stages.items() if _RUNNING[name] == ("vae",)}
+    without = replace(plan, stages=plan.stages | least)
     if plan.fits or not without.fits:
         return plan
     size = max(networks.workload.height, networks.workload.width)
@@ -198,11 +209,10 @@ def _tiled_if_needed(networks: Networks, arrangement: Arrangement, budget: Budge
 def all_plans(networks: Networks, budget: Budget) -> list[MemoryPlan]:
     """Every arrangement that is possible with this budget's kind of device, the best first, whether it fits or not.
 
-    A decode that is what does not fit gets the largest tiles with which it does.
+    An autoencoder whose work is what does not fit gets the largest tiles with which it does.
     """
-    stored = networks.configs.stored_bits()
     chosen = [one for one in ARRANGEMENTS if budget.device is not None or one.placement == "resident"]
-    return [_tiled_if_needed(networks, one, budget) for one in chosen if _differs(one, stored)]
+    return [_tiled_if_needed(networks, one, budget) for one in chosen if _differs(networks, one)]
 
 
 def best_plan(plans: Sequence[MemoryPlan], bits: Bits | None = None) -> MemoryPlan:

@@ -18,12 +18,16 @@ from transformers import AutoModel, PreTrainedModel
 
 from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.layers.feed_forward import PointwiseConv2d
-from sana_sprint.memory.configs import PipelineConfigs
+from sana_sprint.memory.configs import PipelineConfigs, controlnet_class
 from sana_sprint.memory.tracker import PeakBytes
+from sana_sprint.pipelines.controlled import check_fits
 from sana_sprint.quantisation.layers import quantisable_layers
 from sana_sprint.quantisation.quantisers import is_exact
 from sana_sprint.text.prefix import Prefix, read_behind, read_prefix
+from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
+from sana_sprint.transformer.multi_control import SanaMultiControlNetModel
+from sana_sprint.transformer.residuals import ControlSamples
 
 # At least the tokens of SANA's instruction under Gemma's tokenizer, which are read before every prompt.
 INSTRUCTION_TOKENS = 250
@@ -36,12 +40,13 @@ _BLOCKS_AT_ONCE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One call: pixels, pictures and the dtype of what is not quantised."""
+    """One call: pixels, pictures, whether they start from others, and the dtype of what is not quantised."""
 
     height: int = 1024
     width: int = 1024
     batch_size: int = 1
     max_sequence_length: int = 300
+    starts_from_picture: bool = False
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -76,7 +81,7 @@ def count(run: Callable[[], object]) -> Counted:
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """The three networks of a pipeline, without their weights. Sizes between the latents' cells are rounded up."""
+    """The networks of a pipeline, without their weights. Sizes between the latents' cells are rounded up."""
 
     configs: PipelineConfigs
     workload: Workload
@@ -92,6 +97,40 @@ class Networks:
     @cached_property
     def vae(self) -> AutoencoderDC:
         return self._empty_network(lambda: AutoencoderDC.from_config(self.configs.vae))
+
+    @cached_property
+    def controlnet(self) -> SanaControlNetModel | SanaMultiControlNetModel | None:
+        """None for a pipeline without; ValueError for one that is not for such a transformer."""
+        config = self.configs.controlnet
+        if config is None:
+            return None
+        if isinstance(config, int):
+            return self._empty_network(lambda: SanaControlNetModel.from_transformer(self.transformer, config))
+        controlnet = self._empty_network(lambda: controlnet_class(config).from_config(config))
+        for one in controlnet.nets if isinstance(controlnet, SanaMultiControlNetModel) else [controlnet]:
+            check_fits(one, self.transformer)
+        return controlnet
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks that there are, by their names in the pipeline."""
+        named = {name: getattr(self, name) for name in ("text_encoder", "controlnet", "transformer", "vae")}
+        return {name: module for name, module in named.items() if module is not None}
+
+    @property
+    def encodes_pictures(self) -> bool:
+        """Whether a call begins with the autoencoder: for what it starts from, or for a ControlNet's drawing."""
+        return self.workload.starts_from_picture or self.configs.controlnet is not None
+
+    def stage_bytes(self, tile: int | None = None) -> dict[str, int]:
+        """Of tensors at once in each stage of a call, in their order, weights apart.
+
+        Args:
+            tile: pixels of a tile's side, where pictures are encoded and decoded in tiles.
+        """
+        pictures = {"encode picture": self.encode_picture_bytes(tile)} if self.encodes_pictures else {}
+        texts = {"encode": self.encode_bytes, "denoise": self.denoise_bytes}
+        return {**pictures, **texts, "decode": self.decode_bytes(tile)}
 
     @cached_property
     def _reading(self) -> Counted:
@@ -118,29 +157,55 @@ class Networks:
 
     @cached_property
     def denoise_bytes(self) -> int:
-        """Of tensors at once during one step, weights apart."""
+        """Of tensors at once during one step, weights apart; with a ControlNet, what it adds is held meanwhile."""
         batch_size, config = self.workload.batch_size, self.transformer.config
         latents = self._latents(config.in_channels)
         text = self._empty(batch_size, self.workload.max_sequence_length, config.caption_channels)
         ones = self._empty(batch_size)
         guidance = ones if config.guidance_embeds else None
-        step = count(lambda: self.transformer(latents, encoder_hidden_states=text, timestep=ones, guidance=guidance))
-        return step.peak
+        inputs: dict[str, Any] = {"encoder_hidden_states": text, "timestep": ones, "guidance": guidance}
+        control = self._control(latents, inputs)
+        return count(lambda: self.transformer(latents, controlnet_block_samples=control(), **inputs)).peak
+
+    def _control(self, latents: torch.Tensor, inputs: dict[str, Any]) -> Callable[[], ControlSamples | None]:
+        """What gives the residuals of all ControlNets."""
+        network = self.controlnet
+        if network is None:
+            return lambda: None
+        if isinstance(network, SanaControlNetModel):
+            network = SanaMultiControlNetModel.from_controlnets([network])
+        nets = len(network.nets)
+        return lambda: network(
+            latents, controlnet_cond=[latents] * nets, conditioning_scale=[1.0] * nets, return_dict=False, **inputs
+        )[0]
 
     @cache  # noqa: B019  (lives as long as the command or the loading that asks)
+    def encode_picture_bytes(self, tile: int | None = None) -> int:
+        """Of tensors at once while pictures are encoded, themselves included, in tiles or whole, weights apart."""
+        config, ratio = self.vae.config, self.vae.spatial_compression_ratio
+        batch_size, _, rows, columns = self._latents(config.latent_channels).shape
+        pixels = self._empty(batch_size, config.in_channels, rows * ratio, columns * ratio)
+        return pixels.nbytes + self._coding_bytes(self.vae.encode, pixels, tile, cell=ratio)
+
+    @cache  # noqa: B019  (as above)
     def decode_bytes(self, tile: int | None = None) -> int:
         """Of tensors at once while pictures are decoded, in tiles of so many pixels or whole, weights apart."""
-        latents, ratio = self._latents(self.vae.config.latent_channels), self.vae.spatial_compression_ratio
+        return self._coding_bytes(self.vae.decode, self._latents(self.vae.config.latent_channels), tile, cell=1)
+
+    def _coding_bytes(
+        self, network: Callable[[torch.Tensor], object], x: torch.Tensor, tile: int | None, cell: int
+    ) -> int:
+        """Of tensors at once while the autoencoder runs on x, in which a latent cell is `cell` high and wide."""
         if tile is None:
             self.vae.disable_tiling()
-            return count(lambda: self.vae.decode(latents)).peak
+            return count(lambda: network(x)).peak
         self.vae.enable_tiling(tile, tile)
-        # One tile takes what the next one takes: two are counted, and of the others their place in the picture.
-        cells = tile // ratio
-        height, width = (cells + 1, cells) if latents.shape[2] > cells else (cells, cells + 1)
-        two_tiles = latents[:, :, :height, :width]
-        others = (latents[:, 0].numel() - two_tiles[:, 0].numel()) * ratio**2 * self.vae.config.in_channels
-        return count(lambda: self.vae.decode(two_tiles)).peak + others * latents.element_size()
+        # One tile takes what the next one takes: two are counted, and of the others their place in the result.
+        side = tile // self.vae.spatial_compression_ratio * cell
+        height, width = (side + cell, side) if x.shape[2] > side else (side, side + cell)
+        two_tiles = x[:, :, :height, :width]
+        counted = count(lambda: network(two_tiles))
+        return counted.peak + counted.result * (x.numel() - two_tiles.numel()) // two_tiles.numel()
 
     def _latents(self, channels: int) -> torch.Tensor:
         size = self.workload
