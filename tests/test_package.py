@@ -66,8 +66,16 @@ def test_the_embedded_checkpoint_is_a_pipeline_folder_of_at_most_12_megabytes():
         folder = sana_sprint.embedded_checkpoint()
     except FileNotFoundError:
         pytest.skip("the embedded checkpoint is not trained yet")
-    sizes = [path.stat().st_size for path in folder.parent.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     assert sum(sizes) <= 12e6
+
+
+def test_the_embedded_controlnet_adds_at_most_4_megabytes():
+    try:
+        folder = sana_sprint.embedded_controlnet()
+    except FileNotFoundError:
+        pytest.skip("the embedded ControlNet is not trained yet")
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 4e6
 
 
 def test_a_missing_embedded_checkpoint_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ _HOMES = {
     "SanaTransformer2DModel": "sana_sprint.transformer.model",
     "compile_pipeline": "sana_sprint.pipelines.compiling",
     "embedded_checkpoint": "sana_sprint.assets",
+    "embedded_controlnet": "sana_sprint.assets",
     "load_pipeline": "sana_sprint.memory.loading",
     "load_prompt_embeds": "sana_sprint.text.storage",
     "register": "sana_sprint.plugin",
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "compile_pipeline",
     "embedded_checkpoint",
+    "embedded_controlnet",
     "load_pipeline",
     "load_prompt_embeds",
     "register",
@@ -51,7 +53,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sana_sprint.assets import embedded_checkpoint
+    from sana_sprint.assets import embedded_checkpoint, embedded_controlnet
     from sana_sprint.autoencoder.model import AutoencoderDC
     from sana_sprint.memory.loading import load_pipeline
     from sana_sprint.pipelines.compiling import compile_pipeline
@@ -72,7 +74,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    with import_module("sana_sprint.plugin").bitsandbytes_later():
+        value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value  # the next use does not come through here
     return value
 
@@ -81,5 +84,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 
-# bitsandbytes speaks when it is imported, and diffusers imports it: so this comes before every module of ours.
+# bitsandbytes speaks when it is imported, and diffusers may import it: so this comes before every module of ours.
 import_module("sana_sprint.plugin").silence_notices()

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module
+from importlib.util import find_spec
 from operator import or_
 from types import ModuleType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin
@@ -43,13 +44,19 @@ ADDITIONS = {
     "SanaSprintInpaintPipeline": "sana_sprint.pipelines.inpaint",
 }
 
-# What diffusers' tables of automatic pipelines get from us, by the names of the tables.
+# What diffusers' tables of automatic pipelines get from us, by the names of the tables. Entries of one key are made of
+# one another; with a `controlnet` diffusers puts "ControlNet" into a class's name, and looks for what is called so.
 AUTO_PIPELINES = {
-    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": "SanaSprintPipeline",
-    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": "SanaSprintImg2ImgPipeline",
-    "AUTO_INPAINT_PIPELINES_MAPPING": "SanaSprintInpaintPipeline",
+    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": {
+        "sana-sprint": "SanaSprintPipeline",
+        "sana-sprint-controlnet": "SanaSprintControlNetPipeline",
+    },
+    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": {
+        "sana-sprint": "SanaSprintImg2ImgPipeline",
+        "sana-sprint-controlnet": "SanaSprintControlNetImg2ImgPipeline",
+    },
+    "AUTO_INPAINT_PIPELINES_MAPPING": {"sana-sprint": "SanaSprintInpaintPipeline"},
 }
-AUTO_PIPELINE_KEY = "sana-sprint"
 
 # diffusers' names of what we quantise our models with, and modules of `sana_sprint.quantisation` with our classes.
 QUANTISERS = {
@@ -80,6 +87,42 @@ def silence_notices() -> None:
     """Keep two messages of bitsandbytes off the screen, and nothing else. To call it again does nothing."""
     for name in _NOTICES:
         logging.getLogger(name).addFilter(_is_no_notice)
+
+
+class _Later(ModuleType):
+    """Stands for a module that is imported when something of it is first asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        self.withdraw()
+        return getattr(import_module(self.__name__), name)
+
+    def withdraw(self) -> None:
+        """Leave the name to the module itself: from now on, to import it is to import it."""
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+
+
+@contextmanager
+def bitsandbytes_later() -> Iterator[None]:
+    """Inside, a module that imports bitsandbytes gets it when it first uses it.
+
+    diffusers imports bitsandbytes with every model and uses it for quantised ones; it brings torch's compiler along and
+    takes a second. diffusers' module keeps the stand-in, which is as good as what it stands for. Where bitsandbytes has
+    been imported before, or is not installed, nothing is done.
+    """
+    is_late = "bitsandbytes" in sys.modules or "diffusers.quantizers.bitsandbytes.utils" in sys.modules
+    spec = None if is_late else find_spec("bitsandbytes")
+    if spec is None:
+        yield
+        return
+    stand_in = _Later("bitsandbytes")
+    # What libraries look at to see whether it is installed, and where modules come from.
+    stand_in.__spec__, stand_in.__file__ = spec, spec.origin
+    sys.modules["bitsandbytes"] = stand_in
+    try:
+        yield
+    finally:
+        stand_in.withdraw()
 
 
 def __getattr__(name: str) -> Any:
@@ -366,30 +409,31 @@ def _without_advice() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _auto_pipelines() -> dict[str, dict[str, Any]]:
-    """diffusers' tables of automatic pipelines, by the names of ours in them. Imports most of its pipelines."""
+def _auto_pipelines() -> list[tuple[dict[str, Any], str, str]]:
+    """Each entry of ours as diffusers' table, key and name of the class. Imports most of diffusers' pipelines."""
     with _without_advice():
         tables = import_module("diffusers.pipelines.auto_pipeline")
-    return {name: getattr(tables, table) for table, name in AUTO_PIPELINES.items()}
+    return [(getattr(tables, table), key, name) for table, ours in AUTO_PIPELINES.items() for key, name in ours.items()]
 
 
 def register() -> None:
     """Put our classes in the place of diffusers' classes of the same names, and beside them those it does not have.
 
     From then on `from diffusers import SanaTransformer2DModel`, `DiffusionPipeline.from_pretrained`,
-    `AutoPipelineForText2Image.from_pretrained`, the same for image-to-image and inpainting, and
-    `AutoModel.from_pretrained` give ours, whichever module of diffusers was imported before or is imported after. Names
-    that a program has imported from diffusers earlier stay what they were. To call it again does nothing.
+    `AutoPipelineForText2Image.from_pretrained`, the same for image-to-image and inpainting, with
+    `controlnet` except for inpainting, and `AutoModel.from_pretrained` give ours, whichever module of diffusers was
+    imported before or is imported after. Names that a program has imported from diffusers earlier stay what they were.
+    To call it again does nothing.
     """
-    with _lock:
+    with _lock, bitsandbytes_later():
         ours_for_theirs = _ours_for_theirs()
         auto_pipelines = _auto_pipelines()
         _resolve_lazy_names()
         _exchange_names(ours_for_theirs)
         # diffusers' other pipelines then take either class without a warning.
         _exchange_annotations({theirs: theirs | ours for theirs, ours in ours_for_theirs.items()})
-        for name, table in auto_pipelines.items():
-            table[AUTO_PIPELINE_KEY] = __getattr__(name)
+        for table, key, name in auto_pipelines:
+            table[key] = __getattr__(name)
         for name in ADDITIONS:
             setattr(import_module("diffusers"), name, __getattr__(name))
 
@@ -400,12 +444,12 @@ def unregister() -> None:
         if "diffusers.pipelines.auto_pipeline" not in sys.modules:
             return
         auto_pipelines = _auto_pipelines()
-        if not all(AUTO_PIPELINE_KEY in table for table in auto_pipelines.values()):
+        if not all(key in table for table, key, _ in auto_pipelines):
             return
         theirs_for_ours = {ours: theirs for theirs, ours in _ours_for_theirs().items()}
         _exchange_names(theirs_for_ours)
         _exchange_annotations(theirs_for_ours)
-        for table in auto_pipelines.values():
-            del table[AUTO_PIPELINE_KEY]
+        for table, key, _ in auto_pipelines:
+            del table[key]
         for name in ADDITIONS:
             delattr(import_module("diffusers"), name)

@@ -1,6 +1,7 @@
 """The tiny pipeline as a folder, as a user of the command has a model, and `generate` with it."""
 
 import pytest
+from tiny_control import open_control
 
 from sana_sprint.cli.main import main
 
@@ -41,3 +42,11 @@ def generate(model_folder, tmp_path, monkeypatch, capsys):
         return code, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def control_folder(tiny_pipeline_parts, tmp_path_factory) -> str:
+    """Path of a ControlNet for the tiny model, with its ways open."""
+    folder = tmp_path_factory.mktemp("controlnets") / "tiny"
+    open_control(tiny_pipeline_parts["transformer"]).save_pretrained(folder)
+    return str(folder)

@@ -97,3 +97,25 @@ def test_options_that_have_no_effect_are_refused_in_one_line(arguments, message,
     assert captured.out == ""
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_a_controlnet_is_scored_by_places_and_colours_for_each_number_of_steps(evaluate, control_folder):
+    pytest.importorskip("cv2", reason="OpenCV is not installed: pip install 'sana-sprint[control]'")
+    options = ("--controlnet", control_folder, "--steps", "1", "2")
+    document = json.loads(evaluate(*options, "--json"))
+    assert document["controlnet"] == control_folder
+    assert [result["steps"] for result in document["results"]] == [1, 2]
+    for result in document["results"]:
+        scores = result["scores"]
+        # Noise stands out from every ground, nearly everywhere; a colour of the world it hardly is.
+        assert 0 < scores["intersection_over_union"] < 0.5
+        assert scores["colours"] == scores["base_colours"] == 0
+    title, header, *rows = evaluate(*options).splitlines()
+    assert title == "6 held-out scenes by their edges and colours, guidance 4.5"
+    assert [name in header for name in ("intersection over union", "colours", "base colours")] == [True] * 3
+    assert len(rows) == 2
+
+
+def test_a_controlnet_has_no_distance(model_folder, control_folder, capsys):
+    assert main(["evaluate", "--model", model_folder, "--controlnet", control_folder, "--frechet"]) == 2
+    assert "--frechet: not with --controlnet" in capsys.readouterr().err

@@ -124,6 +124,10 @@ def test_steps_and_timesteps_exclude_each_other():
         ("--strength", "-0.1", "got -0.1"),
         ("--strength", "nan", "got nan"),
         ("--strength", "half", "'half'"),
+        ("--control", "lines", "'lines'"),
+        ("--control-scale", "inf", "finite number, got inf"),
+        ("--control-scale", "nan", "finite number, got nan"),
+        ("--control-scale", "much", "'much'"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_and_named(option, value, found):

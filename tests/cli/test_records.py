@@ -28,8 +28,15 @@ SETTINGS = Settings(
     init_image=InputFile(path="photos/grün.jpg", sha256="ab" * 32),
     mask=InputFile(path="mask.png", sha256="cd" * 32),
     strength=0.8,
+    control_image=InputFile(path="../sketch.png", sha256="ef" * 32),
+    control="soft_edges",
+    controlnet="owner/name",
+    controlnet_fingerprint="fedcba9876543210",
+    control_scale=-0.5,
 )
-LATER = ("quantization", "memory", "init_image", "mask", "strength")  # not in the first pictures' chunks
+# Not in the first pictures' chunks.
+GUIDED = ("control_image", "control", "controlnet", "controlnet_fingerprint", "control_scale")
+LATER = ("quantization", "memory", "init_image", "mask", "strength", *GUIDED)
 ONE = (Picture(prompt='ein "grüner" Stern\n红', seed=2**63 - 1),)
 MANY = (*ONE, Picture(prompt="", seed=0))
 
@@ -45,14 +52,15 @@ def test_a_record_comes_back_from_its_png_as_it_was(pictures, is_sheet, tmp_path
     assert read_record(save(tmp_path / "a.png", to_chunk(record))) == record
 
 
-def test_a_picture_from_before_there_was_a_setting_was_drawn_without_it(tmp_path):
+@pytest.mark.parametrize("later", [GUIDED, LATER], ids=["without ControlNets", "the first"])
+def test_a_picture_from_before_there_was_a_setting_was_drawn_without_it(later, tmp_path):
     values = {**asdict(SETTINGS), **asdict(ONE[0])}
-    for name in LATER:
+    for name in later:
         del values[name]
     text = PngInfo()
     text.add_text(CHUNK, json.dumps(values))
     settings = read_record(save(tmp_path / "a.png", text)).settings
-    assert settings == replace(SETTINGS, **dict.fromkeys(LATER))
+    assert settings == replace(SETTINGS, **dict.fromkeys(later))
 
 
 def test_the_chunk_is_json_with_prompt_seed_steps_model_and_version(tmp_path):
@@ -83,6 +91,7 @@ def test_a_file_that_is_no_picture_is_refused_by_name(tmp_path):
         '{"prompt": "a", "seed": 1}',
         '{"pictures": []}',
         json.dumps({**asdict(SETTINGS), **asdict(ONE[0]), "init_image": {"path": "photo.jpg"}}),
+        json.dumps({**asdict(SETTINGS), **asdict(ONE[0]), "control_image": "sketch.png"}),
     ],
 )
 def test_a_chunk_that_was_tampered_with_is_refused(text, tmp_path):

@@ -45,3 +45,10 @@ def test_a_word_wider_than_its_picture_is_cut_and_nothing_is_lost():
 def test_captions_must_be_as_many_as_pictures():
     with pytest.raises(ValueError, match="got 5 and 1"):
         draw_sheet(tiles((8, 8)), ["one"])
+
+
+def test_a_sheet_has_as_many_columns_as_are_asked_for():
+    images = [Image.new("RGB", (256, 256)) for _ in range(6)]
+    one_row, square = draw_sheet(images, ["a"] * 6, columns=6), draw_sheet(images, ["a"] * 6)
+    assert one_row.width == 2 * square.width - 15  # the margin at the end
+    assert 2 * one_row.height == square.height + 15

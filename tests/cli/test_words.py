@@ -38,3 +38,10 @@ def test_a_prompt_of_signs_alone_has_no_word_to_complain_of(capsys):
 def test_known_words_that_make_no_scene_are_a_warning(capsys):
     check_words(["three red stars above two blue squares"])
     assert "may not follow this" in capsys.readouterr().err
+
+
+def test_beside_a_drawing_colours_alone_are_enough(capsys):
+    check_words(["red and blue on a white ground"], follows_drawing=True)
+    assert capsys.readouterr().err == ""
+    check_words(["red and blue on a white ground"])
+    assert "may not follow this" in capsys.readouterr().err

@@ -355,6 +355,9 @@ def test_a_preview_finds_edges_and_refuses_what_calls_refuse(pipe):
     ImageDraw.Draw(filled).rectangle([16, 16, 47, 47], fill="white")
     (seen,) = pipe.control_preview(filled, "edges", use_resolution_binning=False)
     assert np.array_equal(np.asarray(seen), np.asarray(edges(filled)))
+    # Lines of a larger picture are as broad as those: none is made smaller, and grey.
+    (seen,) = pipe.control_preview(filled.resize((1024, 1024)), "edges", use_resolution_binning=False)
+    assert set(np.unique(seen)) == {0, 255}
     with pytest.raises(ValueError, match="no control is named"):
         pipe.control_preview(filled, "edgy")
     with pytest.raises(ValueError, match="transparency"):

@@ -88,3 +88,65 @@ def test_while_registered_diffusers_loads_our_pipelines_with_controlnets(tiny_pi
     assert type(loaded) is kind
     wanted = sana_sprint.SanaMultiControlNetModel if several else sana_sprint.SanaControlNetModel
     assert type(loaded.controlnet) is wanted
+
+
+@pytest.fixture
+def folder(tiny_pipeline_parts, tmp_path):
+    """A pipeline of text to image."""
+    sana_sprint.SanaSprintPipeline(**tiny_pipeline_parts).save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+@pytest.fixture
+def registered():
+    """Registers for one test."""
+    sana_sprint.register()
+    yield
+    sana_sprint.unregister()
+
+
+AUTOMATIC = [
+    ("AutoPipelineForText2Image", "SanaSprintControlNetPipeline", "SanaSprintPipeline"),
+    ("AutoPipelineForImage2Image", "SanaSprintControlNetImg2ImgPipeline", "SanaSprintImg2ImgPipeline"),
+]
+
+
+@pytest.mark.parametrize(("automatic", "guided", "free"), AUTOMATIC)
+@pytest.mark.parametrize("several", [False, True])
+def test_while_registered_automatic_pipelines_take_controlnets(
+    registered, folder, tmp_path, automatic, guided, free, several
+):
+    chooser, guided = getattr(diffusers, automatic), getattr(sana_sprint, guided)
+    base = sana_sprint.SanaSprintPipeline.from_pretrained(folder)
+    one = sana_sprint.SanaControlNetModel.from_transformer(base.transformer, num_layers=1)
+    controlnet = [one, deepcopy(one)] if several else one
+    loaded = chooser.from_pretrained(folder, controlnet=controlnet)
+    made = chooser.from_pipe(base, controlnet=controlnet)
+    assert type(loaded) is type(made) is guided
+    assert (list(made.controlnet.nets) if several else made.controlnet) == controlnet
+    assert made.transformer is base.transformer
+    loaded.save_pretrained(tmp_path / "with")
+    assert type(chooser.from_pretrained(tmp_path / "with")) is guided
+
+
+@pytest.mark.parametrize(("automatic", "guided", "free"), AUTOMATIC)
+def test_while_registered_automatic_pipelines_are_made_of_one_another(registered, folder, automatic, guided, free):
+    chooser, guided, free = getattr(diffusers, automatic), getattr(sana_sprint, guided), getattr(sana_sprint, free)
+    base = sana_sprint.SanaSprintPipeline.from_pretrained(folder)
+    one = sana_sprint.SanaControlNetModel.from_transformer(base.transformer, num_layers=1)
+    for other in ("SanaSprintControlNetPipeline", "SanaSprintControlNetImg2ImgPipeline"):
+        pipe = getattr(sana_sprint, other).from_pipe(base, controlnet=one)
+        kept, removed = chooser.from_pipe(pipe), chooser.from_pipe(pipe, controlnet=None)
+        assert type(kept) is guided
+        assert kept.controlnet is one
+        assert type(removed) is free
+        assert "controlnet" not in removed.components
+        assert removed.transformer is base.transformer
+
+
+def test_without_registering_automatic_pipelines_have_no_controlnets_of_ours(tiny_pipeline_parts, folder):
+    one = sana_sprint.SanaControlNetModel.from_transformer(tiny_pipeline_parts["transformer"], num_layers=1)
+    sana_sprint.register()
+    sana_sprint.unregister()
+    with pytest.raises(ValueError, match="can't find a pipeline linked to SanaSprintControlNetPipeline"):
+        diffusers.AutoPipelineForText2Image.from_pretrained(folder, controlnet=one)

@@ -76,6 +76,12 @@ for automatic, kind in [
     other.save_pretrained(FOLDER + kind.__name__)
     assert type(diffusers.DiffusionPipeline.from_pretrained(FOLDER + kind.__name__)) is kind
 model = diffusers.AutoModel.from_pretrained(FOLDER, subfolder="transformer")
+control = sana_sprint.SanaControlNetModel.from_transformer(model, num_layers=1)
+for automatic, kind in [
+    (diffusers.AutoPipelineForText2Image, sana_sprint.SanaSprintControlNetPipeline),
+    (diffusers.AutoPipelineForImage2Image, sana_sprint.SanaSprintControlNetImg2ImgPipeline),
+]:
+    assert type(automatic.from_pretrained(FOLDER, controlnet=control)) is kind
 assert type(model) is sana_sprint.SanaTransformer2DModel
 print("ours by every way")
 """

@@ -1,8 +1,9 @@
-"""The embedded checkpoint: the path of a small pipeline folder that is installed with the package."""
+"""The embedded checkpoint and its ControlNet: the paths of small folders that are installed with the package."""
 
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "shapes-base"
+_CONTROL_FOLDER = Path(__file__).parent / "shapes-control"
 
 
 def embedded_checkpoint() -> Path:
@@ -16,3 +17,16 @@ def embedded_checkpoint() -> Path:
             "or train it with: sana-sprint train shapes"
         )
     return _FOLDER
+
+
+def embedded_controlnet() -> Path:
+    """The folder of a ControlNet for the embedded checkpoint, which follows edges, in diffusers' layout.
+
+    Raises FileNotFoundError where the package was installed without it.
+    """
+    if not (_CONTROL_FOLDER / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the embedded ControlNet is missing: {_CONTROL_FOLDER} holds no config.json; name another one, or train it"
+            " with: sana-sprint train shapes_control"
+        )
+    return _CONTROL_FOLDER

@@ -1,6 +1,7 @@
 """The text of an option to its value, or to an error that says what was wanted."""
 
 import argparse
+import math
 from collections.abc import Callable
 
 from sana_sprint.sizes import byte_count
@@ -8,6 +9,9 @@ from sana_sprint.sizes import byte_count
 LARGEST_SEED = 2**63 - 1
 # Those of memory.loading, which `--help` must not import.
 QUANTIZATIONS = ("none", "8bit", "4bit")
+# Those of conditioning.table, and what stands for none of them.
+NO_CONTROL = "none"
+CONTROLS = ("edges", "scribble", "soft_edges", "depth", "hed", NO_CONTROL)
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -33,6 +37,17 @@ def share(text: str) -> float:
         raise argparse.ArgumentTypeError(f"wanted a number from 0 to 1, got {text!r}") from None
     if not 0 <= value <= 1:  # nor for nan
         raise argparse.ArgumentTypeError(f"wanted a number from 0 to 1, got {text}")
+    return value
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted a number, got {text!r}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"wanted a finite number, got {text}")
     return value
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from sana_sprint.cli.model import EMBEDDED, FLOW_STEPS, SPRINT_STEPS
 if TYPE_CHECKING:
     import torch
 
+    from sana_sprint.cli.model import Pipeline
     from sana_sprint.evaluation.folders import PictureFolder
     from sana_sprint.evaluation.frechet import FeatureNetwork
 
@@ -21,7 +22,13 @@ _INCEPTION = "inception"
 _NUM_CAPTIONS = 500
 
 # Of the options that draw, and of those that score pictures: neither go with the other.
-_MODEL_DEFAULTS = {**held_out.DEFAULTS, "num_captions": _NUM_CAPTIONS, "steps": None, "frechet": False}
+_MODEL_DEFAULTS = {
+    **held_out.DEFAULTS,
+    "num_captions": _NUM_CAPTIONS,
+    "steps": None,
+    "frechet": False,
+    "controlnet": None,
+}
 _PICTURE_DEFAULTS = {
     "reference": None,
     "features": _INCEPTION,
@@ -48,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=None,
         help="also the Fréchet distance to renderings of the captions, in the eyes of the model's autoencoder",
+    )
+    model.add_argument(
+        "--controlnet",
+        metavar="CONTROLNET",
+        help="instead, how well a ControlNet follows edges: a folder, a hub id, or embedded (none)",
     )
     pictures = parser.add_argument_group("pictures that are there already")
     pictures.add_argument("--pictures", type=Path, metavar="FOLDER", help="score these, and draw nothing")
@@ -80,7 +92,10 @@ def run(options: argparse.Namespace) -> None:
     if options.pictures is None:
         _refuse(options, _PICTURE_DEFAULTS, "this needs --pictures")
         held_out.fill_in(options, **_MODEL_DEFAULTS)
-        _run_model(options)
+        if options.controlnet is None:
+            _run_model(options)
+        else:
+            _run_controlnet(options)
     else:
         _refuse(options, _MODEL_DEFAULTS, "nothing is drawn where --pictures are given")
         held_out.fill_in(options, **_PICTURE_DEFAULTS)
@@ -119,6 +134,50 @@ def _run_model(options: argparse.Namespace) -> None:
     _print_table([{"steps": str(result["steps"]), **_cells(result)} for result in results])
     if distance:
         print(f"Fréchet distance to {distance.num_references} renderings of the captions, by the model's autoencoder")
+
+
+def _run_controlnet(options: argparse.Namespace) -> None:
+    if options.frechet:
+        raise ValueError("--frechet: not with --controlnet")
+    from sana_sprint.cli.control import find_controlnet
+    from sana_sprint.cli.model import own_steps
+
+    with screen.quiet_libraries():
+        from sana_sprint import SanaSprintControlNetPipeline, SanaSprintPipeline
+
+        controlnet = find_controlnet(options.controlnet)
+        artist = held_out.open_artist(options, SanaSprintControlNetPipeline, controlnet)
+        base = SanaSprintPipeline.from_pipe(artist.pipe)
+        base.set_progress_bar_config(disable=True)
+        results = [
+            {"steps": steps, "scores": _score_controlnet(artist, base, steps)}
+            for steps in options.steps or [own_steps(artist.pipe)]
+        ]
+    if options.json:
+        _print_json({**artist.settings(), "controlnet": options.controlnet, "results": results})
+        return
+    print(f"{options.num_captions} held-out scenes by their edges and colours, guidance {options.guidance}")
+    _print_table([{"steps": str(result["steps"]), **_cells(result)} for result in results])
+
+
+def _score_controlnet(artist: held_out.Artist, base: "Pipeline", steps: int) -> dict[str, float]:
+    """Of the artist's pipeline, which is given drawings, and of the colours of one that is given none."""
+    from sana_sprint.evaluation.control import score_base_colours, score_control
+
+    options = artist.options
+    with held_out.bar(f"drawing, {steps} steps", 2 * options.num_captions) as bar:
+
+        def draw_controlled(captions: Sequence[str], drawings: Sequence[Any], num_drawn: int) -> Any:
+            bar.update(len(captions))
+            given = {"control_image": list(drawings), "num_inference_steps": steps}
+            return artist.draw_batch(artist.pipe, captions, num_drawn, **given)
+
+        def draw(captions: Sequence[str], num_drawn: int) -> Any:
+            bar.update(len(captions))
+            return artist.draw_batch(base, captions, num_drawn, num_inference_steps=steps)
+
+        scores = score_control(draw_controlled, options.num_captions, options.seed)
+        return {**scores, "base_colours": score_base_colours(draw, options.num_captions, options.seed)}
 
 
 def _run_pictures(options: argparse.Namespace) -> None:

@@ -8,7 +8,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from sana_sprint.cli import screen
-from sana_sprint.cli.arguments import LARGEST_SEED, QUANTIZATIONS, amount, angles, share, size, whole_number
+from sana_sprint.cli.arguments import (
+    CONTROLS,
+    LARGEST_SEED,
+    NO_CONTROL,
+    QUANTIZATIONS,
+    amount,
+    angles,
+    number,
+    share,
+    size,
+    whole_number,
+)
+from sana_sprint.cli.control import DEFAULT_CONTROL, DEFAULT_SCALE, choose_guide
 from sana_sprint.cli.drawing import Drawn, Job, Request, draw
 from sana_sprint.cli.files import prepare_output
 from sana_sprint.cli.inputs import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, choose_start
@@ -48,6 +60,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="how much is new, from 0, nothing, to 1, from noise alone"
         f" ({DEFAULT_STRENGTH}, and {DEFAULT_MASKED_STRENGTH} with --mask)",
+    )
+
+    follow = parser.add_argument_group("what to follow")
+    follow.add_argument(
+        "--control-image", type=Path, metavar="FILE", help="a picture whose lines a ControlNet follows, or a drawing"
+    )
+    follow.add_argument(
+        "--control",
+        choices=CONTROLS,
+        help=f"what is found in that picture; {NO_CONTROL}: it is the drawing already ({DEFAULT_CONTROL})",
+    )
+    follow.add_argument(
+        "--controlnet",
+        metavar="CONTROLNET",
+        help=f"a ControlNet's folder, a hub id, or {EMBEDDED} ({EMBEDDED}, for the {EMBEDDED} model)",
+    )
+    follow.add_argument(
+        "--control-scale", type=number, metavar="X", help=f"how much the drawing counts; 0: not ({DEFAULT_SCALE})"
+    )
+    follow.add_argument(
+        "--control-preview", type=Path, metavar="FILE.png", help="a file for what the ControlNet is shown"
     )
 
     how = parser.add_argument_group("how to draw it")
@@ -119,9 +152,10 @@ def choose_pictures(options: argparse.Namespace, like: Record | None) -> tuple[P
 
 
 def choose_request(options: argparse.Namespace, like: Settings | None) -> Request:
-    """The settings given, completed by those that `like` stored; reads the pictures to start from.
+    """The settings given, completed by those that `like` stored; reads the pictures to start from and to follow.
 
-    Raises ValueError or OSError for options that do not fit, or files that are no such pictures.
+    Raises ValueError or OSError for options that do not fit, or files that are no such pictures, and ImportError for a
+    control whose package is not installed.
     """
     if options.steps is not None and options.timesteps is not None:
         raise ValueError("--steps and --timesteps exclude each other: the angles say how many steps there are")
@@ -136,6 +170,7 @@ def choose_request(options: argparse.Namespace, like: Settings | None) -> Reques
         quantization=like.quantization if like else None,
         memory=like.memory if like else None,
         start=choose_start(options.init_image, options.mask, options.strength, like),
+        guide=None,
     )
     if options.steps is not None or options.timesteps is not None:
         request = replace(request, steps=options.steps, timesteps=options.timesteps)
@@ -144,14 +179,35 @@ def choose_request(options: argparse.Namespace, like: Settings | None) -> Reques
     if request.size is None and request.start is not None and request.start.mask is not None:
         # As the pipeline would, but known before it is loaded to fit this size.
         request = replace(request, size=request.start.image.image.size)
-    return request
+    guide = choose_guide(
+        options.control_image, options.control, options.controlnet, options.control_scale, request.model, like
+    )
+    if guide is not None and request.start is not None and request.start.mask is not None:
+        raise ValueError("--control-image and --mask exclude each other: there is no inpainting after a drawing")
+    return replace(request, guide=guide)
+
+
+def choose_preview(file: Path | None, request: Request) -> Path | None:
+    """Where to put what the ControlNet is shown; makes its folder. Raises ValueError or OSError if that cannot be."""
+    if file is None:
+        return None
+    if request.guide is None:
+        raise ValueError("--control-preview needs --control-image: without one, there is nothing to show")
+    if file.suffix.lower() != ".png" or file.is_dir():
+        raise ValueError(f"--control-preview must be a file ending in .png, got {file}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 def choose_job(options: argparse.Namespace) -> Job:
-    """The whole job; makes the folder for its pictures. Raises ValueError or OSError for options that do not fit."""
+    """The whole job; makes the folders for its pictures.
+
+    Raises ValueError or OSError for options that do not fit, and ImportError as `choose_request`.
+    """
     record = read_record(options.like) if options.like is not None else None
     pictures = choose_pictures(options, record)
     request = choose_request(options, record.settings if record else None)
+    preview = choose_preview(options.control_preview, request)
     folder, file_name = prepare_output(options.output)
     return Job(
         pictures=pictures,
@@ -159,6 +215,7 @@ def choose_job(options: argparse.Namespace) -> Job:
         folder=folder,
         file_name=file_name,
         is_sheet=options.grid or (record is not None and record.is_sheet),
+        preview=preview,
         like=(options.like, record) if record else None,
     )
 
@@ -169,7 +226,8 @@ def as_document(drawn: Sequence[Drawn]) -> dict[str, object]:
         {"file": str(one.file), **asdict(one.picture), "seconds": round(one.seconds, 3)}  # seconds of drawing alone
         for one in drawn
     ]
-    return {**asdict(drawn[0].settings), "pictures": pictures}
+    document = {**asdict(drawn[0].settings), "pictures": pictures}
+    return document if drawn[0].preview is None else {**document, "control_preview": str(drawn[0].preview)}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -177,11 +235,14 @@ def run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     drawn: list[Drawn] = []
+    written: list[Path | None] = [None]
     with screen.quiet_libraries():
         job = choose_job(options)
         for one in draw(job):
-            if not options.json and one.file not in [earlier.file for earlier in drawn]:
-                tqdm.write(f"wrote {one.file}")  # between the progress bars, if there are any
+            new = [file for file in (one.preview, one.file) if file not in written]
+            for file in [] if options.json else new:
+                tqdm.write(f"wrote {file}")  # between the progress bars, if there are any
+            written += new
             drawn.append(one)
     if options.json:
         print(json.dumps(as_document(drawn), indent=2))

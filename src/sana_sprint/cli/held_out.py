@@ -11,9 +11,9 @@ from sana_sprint.cli.model import DTYPES, EMBEDDED
 
 if TYPE_CHECKING:
     import numpy as np
+    from tqdm import tqdm
 
-    from sana_sprint import SanaSprintPipeline
-    from sana_sprint.cli.model import Model
+    from sana_sprint.cli.model import Model, Pipeline
     from sana_sprint.evaluation.shapes import DistanceToRenderings, HeldOutCaptions
 
 # Of the options below; None stands for them there, so that an option that was given is told from one that was not.
@@ -44,31 +44,38 @@ class Artist:
     """A model, loaded, that draws held-out captions as the options say."""
 
     model: "Model"
-    pipe: "SanaSprintPipeline"
+    pipe: "Pipeline"
     options: argparse.Namespace
     held_out: "HeldOutCaptions"
 
     def draw(self, title: str, **timetable: Any) -> "list[np.ndarray]":
         """A picture of each caption, with a bar of this title; `timetable` is steps or timesteps for the pipeline."""
+        with bar(title, len(self.held_out.captions)) as progress:
+
+            def draw_batch(captions: Sequence[str], num_drawn: int) -> "list[np.ndarray]":
+                pictures = self.draw_batch(self.pipe, captions, num_drawn, **timetable)
+                progress.update(len(pictures))
+                return pictures
+
+            return self.held_out.drawn(draw_batch)
+
+    def draw_batch(
+        self, pipe: "Pipeline", captions: Sequence[str], num_drawn: int, **arguments: Any
+    ) -> "list[np.ndarray]":
+        """Pictures (H, W, 3) uint8 of captions, by a pipeline of the model, after so many others."""
         import numpy as np
         import torch
-        from tqdm import tqdm
 
-        def draw_batch(captions: Sequence[str], num_drawn: int) -> "list[np.ndarray]":
-            # A generator for each picture: the score does not depend on how captions fall into batches.
-            seeds = range(self.options.seed + num_drawn, self.options.seed + num_drawn + len(captions))
-            images, *_ = self.pipe(
-                prompt=list(captions),
-                **timetable,
-                guidance_scale=self.options.guidance,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                return_dict=False,
-            )
-            bar.update(len(images))
-            return [np.asarray(image) for image in images]
-
-        with tqdm(total=len(self.held_out.captions), desc=title, unit="picture", disable=None, leave=False) as bar:
-            return self.held_out.drawn(draw_batch)
+        # A generator for each picture: the score does not depend on how captions fall into batches.
+        seeds = range(self.options.seed + num_drawn, self.options.seed + num_drawn + len(captions))
+        images, *_ = pipe(
+            prompt=list(captions),
+            **arguments,
+            guidance_scale=self.options.guidance,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            return_dict=False,
+        )
+        return [np.asarray(image) for image in images]
 
     def distance(self) -> "DistanceToRenderings":
         """The Fréchet distance of its pictures to renderings, in the eyes of its own autoencoder."""
@@ -92,15 +99,24 @@ class Artist:
         }
 
 
-def open_artist(options: argparse.Namespace) -> Artist:
-    """Loads the model; the options are those above with their defaults filled in, and the device."""
+def bar(title: str, total: int) -> "tqdm":
+    """Of a number of pictures."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, unit="picture", disable=None, leave=False)
+
+
+def open_artist(
+    options: argparse.Namespace, kind: "type[Pipeline] | None" = None, controlnet: "Model | None" = None
+) -> Artist:
+    """Loads the model as a pipeline of a kind; the options are those above with defaults filled in, and the device."""
     from sana_sprint.cli.model import Fitting, choose_device, choose_dtype, find_model, load
     from sana_sprint.evaluation.shapes import held_out_captions
 
     model = find_model(options.model)
     device = choose_device(options.device)
     fitting = Fitting(options.quantization)
-    pipe = load(model, device, choose_dtype(options.dtype, device), fitting, show_progress=False)
+    pipe = load(model, device, choose_dtype(options.dtype, device), fitting, False, kind, controlnet)
     return Artist(model, pipe, options, held_out_captions(options.num_captions, options.seed))
 
 

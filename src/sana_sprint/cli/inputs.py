@@ -59,7 +59,11 @@ def read_input(path: Path) -> Input:
     return Input(file=InputFile(path=str(path), sha256=hashlib.sha256(data).hexdigest()), image=upright)
 
 
-def _choose(option: str, given: Path | None, stored: InputFile | None) -> Input | None:
+def choose_input(option: str, given: Path | None, stored: InputFile | None) -> Input | None:
+    """The picture in the file given, else in the one stored; None without either.
+
+    Raises OSError and ValueError as `read_input`; where a stored file is gone, the error names the option.
+    """
     if given is not None:
         return read_input(given)
     if stored is None:
@@ -78,13 +82,13 @@ def choose_start(
     Raises OSError if a file cannot be read, and ValueError if it holds no picture that the pipelines take, or if the
     three do not fit together.
     """
-    image = _choose("--init-image", init_image, like.init_image if like else None)
+    image = choose_input("--init-image", init_image, like.init_image if like else None)
     if image is None:
         for option, value in (("--mask", mask), ("--strength", strength)):
             if value is not None:
                 raise ValueError(f"{option} needs --init-image: without one, pictures are drawn from noise alone")
         return None
-    masked = _choose("--mask", mask, like.mask if like else None)
+    masked = choose_input("--mask", mask, like.mask if like else None)
     _check(image, masked)
     if strength is None and like is not None:
         strength = like.strength

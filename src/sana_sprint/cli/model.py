@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from sana_sprint import SanaSprintPipeline
+    from sana_sprint import (
+        SanaSprintControlNetImg2ImgPipeline,
+        SanaSprintControlNetPipeline,
+        SanaSprintImg2ImgPipeline,
+        SanaSprintInpaintPipeline,
+        SanaSprintPipeline,
+    )
+
+    Pipeline = (
+        SanaSprintPipeline
+        | SanaSprintImg2ImgPipeline
+        | SanaSprintInpaintPipeline
+        | SanaSprintControlNetPipeline
+        | SanaSprintControlNetImg2ImgPipeline
+    )
 
 EMBEDDED = "embedded"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,7 +39,7 @@ _COMPONENT_FILES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A pipeline folder: the name it was asked for by, where it lies, and what tells it from another."""
+    """A folder of a pipeline or a network: the name it was asked for by, its place, what tells it from another."""
 
     name: str
     folder: Path
@@ -53,7 +68,7 @@ def find_model(name: str) -> Model:
         folder = Path(name).expanduser()
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{name} is no pipeline folder: it holds no model_index.json")
-    elif _is_hub_id(name):
+    elif is_hub_id(name):
         from sana_sprint import SanaSprintPipeline
 
         try:
@@ -65,31 +80,38 @@ def find_model(name: str) -> Model:
     return Model(name=name, folder=folder, fingerprint=fingerprint(folder))
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path here can be a repository's on the hub: owner/name."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
 def fingerprint(folder: Path) -> str:
-    """Sixteen hex digits that change with the pipeline's files: their names, sizes, and first and last mebibyte.
-
-    Weights of gigabytes are not read whole; training changes every part of them.
-    """
+    """The `digest` of a pipeline's files: model_index.json, and configs, weights and vocabularies of its components."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / 'model_index.json'} is not valid JSON: {error}") from None
     components = [folder / name for name in sorted(index) if (folder / name).is_dir()]
     files = [path for part in components for path in sorted(part.rglob("*")) if path.suffix in _COMPONENT_FILES]
-    digest = hashlib.sha256()
-    for path in [folder / "model_index.json", *files]:
+    return digest([folder / "model_index.json", *files])
+
+
+def digest(files: Sequence[Path]) -> str:
+    """Sixteen hex digits that change with files: their names, sizes, and first and last mebibyte.
+
+    Names count from the first file's folder on. Weights of gigabytes are not read whole; training changes every part of
+    them.
+    """
+    found = hashlib.sha256()
+    for path in files:
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        found.update(f"{path.relative_to(files[0].parent).as_posix()} {size}\n".encode())
         with path.open("rb") as stream:
-            digest.update(stream.read(_SAMPLE_BYTES))
+            found.update(stream.read(_SAMPLE_BYTES))
             if size > _SAMPLE_BYTES:
                 stream.seek(max(_SAMPLE_BYTES, size - _SAMPLE_BYTES), os.SEEK_SET)
-                digest.update(stream.read())
-    return digest.hexdigest()[:16]
+                found.update(stream.read())
+    return found.hexdigest()[:16]
 
 
 def choose_device(asked: str) -> "torch.device":
@@ -122,26 +144,40 @@ def choose_dtype(asked: str, device: "torch.device") -> "torch.dtype":
 
 
 def load(
-    model: Model, device: "torch.device", dtype: "torch.dtype", fitting: Fitting, show_progress: bool
-) -> "SanaSprintPipeline":
-    """The pipeline on its device, its bars shown or not.
+    model: Model,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    fitting: Fitting,
+    show_progress: bool,
+    kind: "type[Pipeline] | None" = None,
+    controlnet: Model | None = None,
+) -> "Pipeline":
+    """The model on its device as a pipeline of a kind, None for text to image, its bars shown or not.
 
-    Raises ValueError or OSError, as diffusers does, if the folder's files do not make a pipeline, and ValueError if it
-    cannot be made to fit.
+    Raises ValueError or OSError, as diffusers does, if the folders' files do not make one, and ValueError if it cannot
+    be made to fit.
     """
     import diffusers
     import transformers
 
-    from sana_sprint import SanaSprintPipeline, load_pipeline
+    from sana_sprint import SanaSprintPipeline
 
+    kind = kind or SanaSprintPipeline
     set_bars = (
         diffusers.utils.logging.enable_progress_bar if show_progress else diffusers.utils.logging.disable_progress_bar
     )
     set_bars()
     transformers.utils.logging.disable_progress_bar()
     if fitting.quantization is None and fitting.memory is None:
-        pipe = SanaSprintPipeline.from_pretrained(model.folder, torch_dtype=dtype).to(device)
+        components = {}
+        if controlnet is not None:
+            from sana_sprint import SanaControlNetModel
+
+            components["controlnet"] = SanaControlNetModel.from_pretrained(controlnet.folder, torch_dtype=dtype)
+        pipe = kind.from_pretrained(model.folder, torch_dtype=dtype, **components).to(device)
     else:
+        from sana_sprint import load_pipeline  # late, for it imports bitsandbytes, which takes seconds
+
         width, height = fitting.size or (None, None)
         pipe = load_pipeline(
             model.folder,
@@ -151,11 +187,21 @@ def load(
             dtype=dtype,
             width=width,
             height=height,
+            pipeline_class=kind,
+            controlnet=None if controlnet is None else controlnet.folder,
         )
     pipe.set_progress_bar_config(disable=not show_progress, leave=False)
     return pipe
 
 
-def own_steps(pipe: "SanaSprintPipeline") -> int:
+def own_size(model: Model) -> tuple[int, int]:
+    """Width and height of the pictures that a model draws by default, pixels; known before it is loaded."""
+    from sana_sprint.memory.configs import read_configs
+
+    side = read_configs(model.folder).picture_size
+    return side, side
+
+
+def own_steps(pipe: "Pipeline") -> int:
     """The number of steps that suits a pipeline, by its scheduler."""
     return SPRINT_STEPS if type(pipe.scheduler).__name__ == "SCMScheduler" else FLOW_STEPS

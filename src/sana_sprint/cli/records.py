@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 CHUNK = "sana_sprint"
 
-_FILES = ("init_image", "mask")  # the settings that are an InputFile, or None
+_FILES = ("init_image", "mask", "control_image")  # the settings that are an InputFile, or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,11 @@ class Settings:
     init_image: InputFile | None = None  # None: drawn from noise alone
     mask: InputFile | None = None
     strength: float | None = None  # None without init_image
+    control_image: InputFile | None = None  # None: drawn without a ControlNet, and so are the next four
+    control: str | None = None  # what was found in that picture
+    controlnet: str | None = None  # "embedded", or the folder or hub id as the user gave it
+    controlnet_fingerprint: str | None = None
+    control_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,8 @@ def wrap(text: str, width: float, measure: Callable[[str], float]) -> list[str]:
     return [line for line in lines if line] or [""]
 
 
-def draw_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """All images, of one size, on a sheet about as wide as it is high.
+def draw_sheet(images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None) -> Image.Image:
+    """All images, of one size, on a sheet about as wide as it is high, or with so many columns.
 
     Raises ValueError if the captions are not one for each image.
     """
@@ -43,7 +43,7 @@ def draw_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.
     margin, line_height = font_size, round(font_size * 1.3)
     caption_height = line_height * max(map(len, wrapped))
 
-    columns = min(len(images), math.ceil(math.sqrt(len(images))))
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     cell_width, cell_height = tile_width + margin, tile_height + margin // 2 + caption_height + margin
     sheet = Image.new("RGB", (columns * cell_width + margin, rows * cell_height + margin), _PAPER)

@@ -16,8 +16,10 @@ def known_words() -> str:
     return "; ".join(f"{title}: {', '.join(words)}" for title, words in groups.items())
 
 
-def check_words(prompts: Sequence[str]) -> None:
+def check_words(prompts: Sequence[str], *, follows_drawing: bool = False) -> None:
     """Warns of words that the embedded checkpoint was not trained on, and of prompts it cannot follow.
+
+    Beside a drawing, which says the rest, any of its words will do.
 
     Raises ValueError if it knows no word of a prompt, except for an empty one.
     """
@@ -29,7 +31,7 @@ def check_words(prompts: Sequence[str]) -> None:
         if words and not any(word.strip(".,;:!?\"'()").lower() in VOCABULARY for word in prompt.split()):
             raise ValueError(f"the embedded model knows no word of {prompt!r}; it knows {known_words()}")
         unknown.update(dict.fromkeys(words))
-        if not words and prompt.strip():
+        if not words and prompt.strip() and not follows_drawing:
             try:
                 parse(prompt)
             except ValueError as error:

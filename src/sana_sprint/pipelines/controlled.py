@@ -117,12 +117,12 @@ class ControlledPipeline(SprintPipeline):
             ValueError: for what the call refuses, or an unknown control.
             ImportError: if a control needs a package that is not installed.
         """
-        pictures = read_pictures(image, opaque=True)
-        if control is not None:
-            pictures = [control_named(control)(picture) for picture in pictures]
+        find = None if control is None else control_named(control)
         canvas = self._choose_canvas(height, width, use_resolution_binning)
-        pixels = torch.stack([on_canvas(picture, canvas) for picture in pictures])
-        return self.image_processor.postprocess(pixels, "pil", do_denormalize=[False] * len(pixels))
+        pixels = torch.stack([on_canvas(picture, canvas) for picture in read_pictures(image, opaque=True)])
+        shown = self.image_processor.postprocess(pixels, "pil", do_denormalize=[False] * len(pixels))
+        # In the size drawn, as in training: lines found in a larger picture would get thin and grey here.
+        return shown if find is None else [find(picture) for picture in shown]
 
     def read_drawings(self, control_image: Any, scale: Any, start: Any, end: Any) -> list[Drawing]:
         """The arguments of a call that drawings are made of; ValueError as in `drawings.read_drawings`."""
