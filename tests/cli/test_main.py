@@ -50,6 +50,22 @@ finally:
     assert result.stdout.endswith("imported: nothing\n")
 
 
+def test_a_picture_is_drawn_without_what_only_quantised_models_need(model_folder, tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(SOURCE)!r})
+from sana_sprint.cli.main import main
+code = main(["generate", "a", "--model", {model_folder!r}, "--output", {str(tmp_path)!r}])
+heavy = {{"bitsandbytes", "torch._inductor.lowering", "sana_sprint.quantisation.layers"}}
+print("imported:", heavy & set(sys.modules) or "nothing")
+sys.exit(code)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("imported: nothing\n")
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
 def test_the_command_alone_prints_help(capsys):
     assert exit_code() == 0
     assert "generate" in capsys.readouterr().out
