@@ -22,6 +22,7 @@ COLOURS = ("red and blue on a white ground", "yellow and green on a black ground
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 FILLINGS = ("a green star", "a yellow cross", "a purple triangle")
 SEED = 5
+SEED_ON_THE_LEFT = 42  # of a first picture that has room on the right
 
 
 def seeded(seed: int = SEED) -> torch.Generator:
@@ -50,17 +51,17 @@ def editing(pipe: SanaSprintPipeline) -> Image.Image:
     redraw, inpaint = SanaSprintImg2ImgPipeline.from_pipe(pipe), SanaSprintInpaintPipeline.from_pipe(pipe)
     for one in (redraw, inpaint):
         one.set_progress_bar_config(disable=True)
-    (first,) = pipe("a red circle on white", generator=seeded(0)).images
-    images, captions = [first], ["a red circle on white"]
+    (first,) = pipe("a red circle on grey", generator=seeded(SEED_ON_THE_LEFT)).images
+    images, captions = [first], ["a red circle on grey"]
     for strength in STRENGTHS:
-        images += redraw("a blue circle on white", image=first, strength=strength, generator=seeded()).images
-        captions.append(f"a blue circle on white, strength {strength}")
+        images += redraw("a blue circle on grey", image=first, strength=strength, generator=seeded()).images
+        captions.append(f"a blue circle on grey, strength {strength}")
     mask = Image.new("L", first.size, "black")
-    mask.paste("white", (32, 0, 64, 64))
+    mask.paste("white", (34, 0, 64, 64))
     images += [first, mask.convert("RGB")]
     captions += ["the picture", "the mask"]
     for filling in FILLINGS:
-        prompt = f"a red circle left of {filling} on white"
+        prompt = f"a red circle left of {filling} on grey"
         images += inpaint(prompt, image=first, mask_image=mask, generator=seeded()).images
         captions.append(prompt)
     return draw_sheet(images, captions, columns=1 + len(STRENGTHS))

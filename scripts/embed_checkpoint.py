@@ -54,17 +54,19 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: d
     """What the checkpoint is, how it was made, and how well it draws."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     recipe = record["recipe"]
-    seeds = {
-        "pictures": recipe["pool_seed"],
-        "autoencoder": loop_of(recipe, "autoencoder", "")["seed"],
-        "decoder": loop_of(recipe, "autoencoder", "decoder")["seed"],
-        "language": loop_of(recipe, "language", "")["seed"],
-        "flow": loop_of(recipe, "flow", "")["seed"],
-        "guidance": loop_of(recipe, "flow", "guidance")["seed"],
-        "consistency": loop_of(recipe, "consistency")["seed"],
-        "distillation": loop_of(recipe, "distillation")["seed"],
-        "simulation": loop_of(recipe, "simulation")["seed"],
+    loops = {
+        "autoencoder": ("autoencoder", ""),
+        "decoder": ("autoencoder", "decoder"),
+        "language": ("language", ""),
+        "flow": ("flow", ""),
+        "guidance": ("flow", "guidance"),
+        "consistency": ("consistency",),
+        "distillation": ("distillation",),
+        "simulation": ("simulation",),
     }
+    seeds = {"pictures": recipe["pool_seed"]}
+    seeds |= {name: loop_of(recipe, *loops[name])["seed"] for name in ("autoencoder", "decoder", "language")}
+    seeds |= {name: loop_of(recipe, *loops[name])["seed"] for name in loops if name in record["losses"]}
     *earlier, _ = steps = [f"{count:,}" for count in stage_steps(record, "flow", "")]
     paragraphs = [
         "A SANA-Sprint pipeline in small, trained from nothing by this repository on drawn shapes: 64×64 pixels,"
