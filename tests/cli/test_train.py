@@ -9,7 +9,6 @@ from sana_sprint import SanaControlNetModel, SanaSprintPipeline
 from sana_sprint.assets import embedded_checkpoint
 from sana_sprint.cli.dry_run import starting_config
 from sana_sprint.cli.main import main
-from sana_sprint.cli.train import STAGES
 from sana_sprint.training.recipes import find_recipe
 
 # What makes the published recipe a tiny one.
@@ -39,12 +38,6 @@ def teacher(tiny_pipeline_parts, tmp_path_factory):
 def cache(teacher, tmp_path_factory):
     """Latents that it can be trained on."""
     return save_cache(teacher, tmp_path_factory.mktemp("data"))
-
-
-def test_the_stages_offered_are_those_of_the_recipe():
-    from sana_sprint.training.shapes import STAGES as OF_RECIPE
-
-    assert STAGES == OF_RECIPE
 
 
 def test_a_stage_without_its_predecessors_result_is_one_line_and_exit_code_2(tmp_path, capsys):

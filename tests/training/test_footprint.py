@@ -16,7 +16,7 @@ from sana_sprint.training.recipes.overrides import override
 from sana_sprint.training.recipes.shapes import ShapesRecipe
 from sana_sprint.training.rehearsal import rehearse
 from sana_sprint.training.settings import LoopSettings
-from sana_sprint.training.shapes import STAGES
+from sana_sprint.training.stages import STAGES
 
 
 def published_config(recipe):

@@ -31,7 +31,8 @@ from sana_sprint.training.flow import (
 )
 from sana_sprint.training.language import CaptionBatch, ReadingModel
 from sana_sprint.training.recipes.shapes import ShapesRecipe, shortened
-from sana_sprint.training.shapes import STAGES, ShapesTraining
+from sana_sprint.training.shapes import ShapesTraining
+from sana_sprint.training.stages import STAGES
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

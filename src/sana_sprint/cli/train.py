@@ -6,22 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from sana_sprint.cli import screen
 from sana_sprint.training.recipes import NAMES, find_recipe, recipe_name
+from sana_sprint.training.stages import STAGES
 
 if TYPE_CHECKING:
     import torch
-
-# Those of training.shapes, which `--help` must not import.
-STAGES = (
-    "autoencoder",
-    "decoder",
-    "language",
-    "flow",
-    "guidance",
-    "consistency",
-    "distillation",
-    "simulation",
-    "assemble",
-)
 
 # What a trial of the recipe takes instead: seconds, and a model that draws nothing.
 _TRIAL_STEPS, _TRIAL_PICTURES = 2, 64

@@ -27,20 +27,9 @@ from sana_sprint.training.language import train_language_model
 from sana_sprint.training.loop import train
 from sana_sprint.training.recipes.shapes import ShapesRecipe
 from sana_sprint.training.settings import LoopSettings
+from sana_sprint.training.stages import STAGES
 from sana_sprint.transformer.model import SanaTransformer2DModel
 from sana_sprint.trigflow.scheduler import SCMScheduler
-
-STAGES = (
-    "autoencoder",
-    "decoder",
-    "language",
-    "flow",
-    "guidance",
-    "consistency",
-    "distillation",
-    "simulation",
-    "assemble",
-)
 
 
 class ShapesTraining:

@@ -1,0 +1,13 @@
+"""The stages of the shapes recipe: alone, so that `--help` names them without importing what runs them."""
+
+STAGES = (
+    "autoencoder",
+    "decoder",
+    "language",
+    "flow",
+    "guidance",
+    "consistency",
+    "distillation",
+    "simulation",
+    "assemble",
+)
