@@ -6,12 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from control_calls import ring
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny_control import open_control
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from sana_sprint import SanaSprintPipeline, SCMScheduler, compile_pipeline
+from sana_sprint import (
+    SanaSprintControlNetImg2ImgPipeline,
+    SanaSprintPipeline,
+    SCMScheduler,
+    compile_pipeline,
+)
 from sana_sprint.pipelines.clock import clock_for
 from sana_sprint.pipelines.coding import _in_small_parts
 from sana_sprint.trigflow.scheduler import INTERMEDIATE_TIMESTEPS, MAX_TIMESTEPS
@@ -122,6 +129,31 @@ def test_more_shapes_than_torch_compiles_by_itself_are_warm(tiny_pipeline_parts)
         for length in lengths:
             text = {"prompt_embeds": embeds[:, :length], "prompt_attention_mask": mask[:, :length]}
             drawn(pipe, None, 1, **text, output_type="latent")
+
+
+@pytest.mark.parametrize(
+    ("placements", "regional"), [(["after"], True), (["before"], False), (["after", "before"], False)], ids=str
+)
+def test_controlnets_are_compiled_too_and_their_scale_may_change(make_controlled, placements, regional):
+    plain = make_controlled()
+    nets = [open_control(plain.transformer, residual_placement=placement).eval() for placement in placements]
+    plain = make_controlled(controlnet=nets if nets[1:] else nets[0])
+    ours = make_controlled(controlnet=deepcopy(plain.controlnet))
+    images = [ring()] * len(nets) if nets[1:] else ring()
+    compiled(ours, regional=regional, text_lengths=LENGTHS[:1], control_image=images)
+    for net in ours.controlnet.nets if nets[1:] else [ours.controlnet]:
+        assert (net.transformer_blocks[0] if regional else net)._compiled_call_impl is not None
+    with dynamo_config.patch(error_on_recompile=True):
+        for scale in (1.0, 0.6):
+            call = {"control_image": images, "controlnet_conditioning_scale": scale}
+            assert_close(drawn(ours, PROMPTS[0], 2, **call), drawn(plain, PROMPTS[0], 2, **call), **CLOSE)
+
+
+def test_pictures_that_calls_start_from_are_asked_for_before_anything_is_done(make_controlled):
+    pipe = make_controlled(SanaSprintControlNetImg2ImgPipeline)
+    with pytest.raises(ValueError, match="warmed up with pictures like those to come: pass image and control_image"):
+        compiled(pipe)
+    assert pipe.controlnet._compiled_call_impl is None
 
 
 def test_weights_of_convolutions_are_channels_last(ready):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from itertools import count, pairwise, product
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -18,6 +19,7 @@ from sana_sprint.pipelines.checks import check_choice, whole_number
 from sana_sprint.pipelines.scales import weight_bits
 from sana_sprint.text.cache import Reading
 from sana_sprint.text.prefix import Reader, read_behind
+from sana_sprint.transformer.multi_control import SanaMultiControlNetModel
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ MODES = {
 # Most prompts, long ones, and all 300 tokens that a prompt may have by default: kernels prefer multiples of 8.
 TEXT_LENGTHS = (64, 128, 304)
 MAX_SEQUENCE_LENGTH = 300
+# Arguments of calls without which there is nothing to draw.
+PICTURES = ("image", "mask_image", "control_image")
 # CUDA graphs are prepared in a first run, recorded in a second and used in a third.
 DRAWS_WITH_GRAPHS = 3
 
@@ -69,6 +73,11 @@ def _parts(pipe: SprintPipeline) -> dict[str, Any]:
     """What is compiled in place, by the name that messages use."""
     decoder = None if pipe.vae is None else pipe.vae.decoder
     parts = {"transformer": pipe.transformer, "vae.decoder": decoder}
+    controlnet = pipe.components.get("controlnet")
+    if isinstance(controlnet, SanaMultiControlNetModel):
+        parts |= {f"controlnet.nets.{number}": net for number, net in enumerate(controlnet.nets)}
+    else:
+        parts["controlnet"] = controlnet
     return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -91,6 +100,16 @@ def _obstacles(pipe: SprintPipeline, settings: Settings) -> Iterator[str]:
             yield f"{name} is compiled already, with {_compiled[part]} (load it anew)"
 
 
+def _check_pictures(pipe: SprintPipeline, call: Mapping[str, Any]) -> None:
+    """Refuses to warm up a pipeline without the pictures that its calls need."""
+    parameters = signature(pipe.__call__).parameters
+    missing = [name for name in PICTURES if name in parameters and call.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"{type(pipe).__name__} is warmed up with pictures like those to come: pass {' and '.join(missing)}"
+        )
+
+
 def _check_lengths(text_lengths: Sequence[int]) -> tuple[int, ...]:
     lengths = tuple(whole_number("text_lengths", length) for length in text_lengths)
     if not lengths or any(first >= second for first, second in pairwise(lengths)):
@@ -106,7 +125,7 @@ def _compile_networks(pipe: SprintPipeline, settings: Settings) -> None:
         if part in _compiled:
             logger.info("%s is compiled already", name)
             continue
-        is_whole = not (settings.regional and part is pipe.transformer)
+        is_whole = not (settings.regional and getattr(part, "_repeated_blocks", None))
         options = settings.options(pipe.device_of(name.partition(".")[0]), is_whole)
         (part.compile if is_whole else part.compile_repeated_blocks)(**options)
         _compiled[part] = settings
@@ -201,8 +220,8 @@ def compile_pipeline(
 ) -> Pipeline:
     """Prepare a pipeline for calls of low latency; the pictures stay the same up to float rounding.
 
-    Compiles the reading of prompts behind an instruction, the transformer and the decoder, puts weights of convolutions
-    into channels-last memory, and draws once what is to be drawn later, so that no later call like it waits for a
+    Compiles the reading of prompts behind an instruction, the transformer, ControlNets and the decoder, puts weights of
+    convolutions into channels-last memory, and draws once what is to be drawn later, so that no later call like it waits for a
     compiler. What is done is told to the logger of this module. A second call with the same settings compiles nothing
     that is compiled, and warms up for what it names.
 
@@ -221,23 +240,25 @@ def compile_pipeline(
             that are masked, and prompts of all lengths up to it share their code.
         mode: Of torch.compile: "reduce-overhead" or "max-autotune" with CUDA graphs, "default" or
             "max-autotune-no-cudagraphs" without. There are no graphs outside of CUDA.
-        regional: Compile the transformer's block once and not all of them as a whole: in a fraction of the time, for
-            code without CUDA graphs.
+        regional: Compile the block of the transformer, and of ControlNets, once and not all of them as a whole: in a
+            fraction of the time, for code without CUDA graphs.
         backend: Of torch.compile.
-        call: Further arguments that calls will have, such as the `image` of image to image.
+        call: Further arguments that calls will have, such as the `control_image` of a pipeline with a ControlNet.
 
     Returns:
         `pipe` itself.
 
     Raises:
         ValueError: before anything is done, with everything that stands in the way: networks quantised by bitsandbytes,
-            offloaded, placed by a device map or compiled with other settings; or arguments that cannot work.
+            offloaded, placed by a device map or compiled with other settings; arguments that cannot work, or lack the
+            pictures that calls of this pipeline start from.
     """
     check_choice("mode", mode, MODES)
     settings = Settings(mode=mode, regional=regional, backend=backend)
     obstacles = list(_obstacles(pipe, settings))
     if obstacles:
         raise ValueError(f"this pipeline cannot be compiled: {'; '.join(obstacles)}")
+    _check_pictures(pipe, call)
     lengths = _check_lengths(text_lengths)
     batches = [whole_number("batch_sizes", batch) for batch in batch_sizes]
     numbers_of_steps = [whole_number("steps", number) for number in steps]

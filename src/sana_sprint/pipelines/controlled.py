@@ -25,7 +25,7 @@ from sana_sprint.pipelines.pictures import on_canvas, read_pictures
 from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
 from sana_sprint.transformer.multi_control import SanaMultiControlNetModel, guidance_for
-from sana_sprint.transformer.residuals import ControlSamples, EarlyResiduals, sum_residuals
+from sana_sprint.transformer.residuals import ControlSamples, EarlyResiduals, scale_residuals, sum_residuals
 
 # Entries of both configs that must be the same, for residuals to be those of the transformer's tokens.
 SHARED = ("in_channels", "patch_size", "caption_channels", "num_attention_heads", "attention_head_dim")
@@ -190,9 +190,9 @@ class ControlledPipeline(SprintPipeline):
         drawings = [None if shown.latents is None else shown.latents.to(dtype) for shown in conditioning.drawings]
         if isinstance(network, SanaMultiControlNetModel):
             inputs |= {"controlnet_cond": drawings, "conditioning_scale": scales, "guidance": guidance}
+            samples = network(latents.to(device, dtype), **inputs)[0]
         else:
-            inputs |= {"controlnet_cond": drawings[0], "conditioning_scale": scales[0]}
-            inputs |= guidance_for(network, guidance)
-        samples = network(latents.to(device, dtype), **inputs)[0]
+            inputs |= {"controlnet_cond": drawings[0]} | guidance_for(network, guidance)
+            samples = scale_residuals(network(latents.to(device, dtype), **inputs)[0], scales[0])
         place = latents.device, self.transformer.dtype
         return samples.to(*place) if isinstance(samples, EarlyResiduals) else tuple(one.to(*place) for one in samples)

@@ -13,7 +13,7 @@ from torch import nn
 
 from sana_sprint.plugin import QuantisedModel
 from sana_sprint.transformer.control import SanaControlNetModel
-from sana_sprint.transformer.residuals import ControlSamples, sum_residuals
+from sana_sprint.transformer.residuals import ControlSamples, scale_residuals, sum_residuals
 
 
 def guidance_for(controlnet: Any, guidance: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
@@ -91,17 +91,19 @@ class SanaMultiControlNetModel(QuantisedModel, ModelMixin, ConfigMixin):
             ValueError: as each ControlNet's `forward`.
         """
         samples = sum_residuals(
-            net(
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                timestep=timestep,
-                controlnet_cond=drawing,
-                conditioning_scale=scale,
-                encoder_attention_mask=encoder_attention_mask,
-                attention_kwargs=attention_kwargs,
-                return_dict=False,
-                **guidance_for(net, guidance),
-            )[0]
+            scale_residuals(
+                net(
+                    hidden_states,
+                    encoder_hidden_states=encoder_hidden_states,
+                    timestep=timestep,
+                    controlnet_cond=drawing,
+                    encoder_attention_mask=encoder_attention_mask,
+                    attention_kwargs=attention_kwargs,
+                    return_dict=False,
+                    **guidance_for(net, guidance),
+                )[0],
+                scale,
+            )
             for net, drawing, scale in zip(self.nets, controlnet_cond, conditioning_scale, strict=True)
             if scale != 0
         )

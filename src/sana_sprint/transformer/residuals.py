@@ -38,6 +38,17 @@ def residuals_by_block(samples: ControlSamples) -> dict[int, torch.Tensor]:
     return dict(enumerate(samples, start=1))
 
 
+def scale_residuals(samples: ControlSamples, scale: float) -> ControlSamples:
+    """Residuals times a factor.
+
+    As a ControlNet's own `conditioning_scale` does it, but outside of its code, which compiled would be so anew for
+    every other number.
+    """
+    if isinstance(samples, EarlyResiduals):
+        return EarlyResiduals(tuple(sample * scale for sample in samples.samples))
+    return tuple(sample * scale for sample in samples)
+
+
 def sum_residuals(controls: Iterable[ControlSamples]) -> ControlSamples:
     """Residuals of several ControlNets to those of all together; depths and placements may differ."""
     total: dict[int, torch.Tensor] = {}
