@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 from sana_sprint.autoencoder import blocks
 from sana_sprint.autoencoder.blocks import (
@@ -24,6 +25,21 @@ def test_a_block_of_zero_weights_passes_its_input_on(draw, kind):
     x = draw(2, 16, 3, 5).contiguous(memory_format=torch.channels_last)
     assert torch.equal(block(x), x)
     assert block(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("adapted", [[], ["conv1"], ["conv1", "conv2"]], ids=["plain", "one_adapter", "adapters"])
+@pytest.mark.parametrize("norm_type", ["rms_norm", "batch_norm"])
+def test_inner_rows_of_a_residual_block_are_those_of_the_whole_and_so_are_their_gradients(draw, norm_type, adapted):
+    block = ResBlock(8, norm_type, "silu").eval()
+    if adapted:
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=adapted, init_lora_weights=False), block)
+    x = draw(2, 8, 9, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    inputs = [x, *(parameter for parameter in block.parameters() if parameter.requires_grad)]
+    found, expected = block(x, inner=True), block(x)[:, :, 2:-2]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # float32, sums of 72 terms
+    pairs = zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (found, expected)), strict=True)
+    for pair in pairs:
+        torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-4)  # sums over 50 pixels of those
 
 
 @pytest.mark.parametrize("size", [(2, 3), (5, 7)], ids=["few_pixels", "many_pixels"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 
 from sana_sprint.autoencoder.resample import (
     DCDownBlock2d,
@@ -113,6 +114,37 @@ def test_a_doubling_convolution_is_nearest_neighbour_and_a_convolution(draw, mem
     torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "no_gradient"])
+def test_inner_rows_of_a_doubling_convolution_are_those_of_the_whole(draw, gradient):
+    conv, x = DoublingConv2d(8, 4, kernel_size=3, padding=1), draw(*SHAPE)
+    conv.requires_grad_(gradient)
+    for doubled, rows in ((False, slice(1, -1)), (True, slice(2, -2))):
+        found, whole = conv(x, inner=True, doubled=doubled), conv(x, doubled=doubled)
+        torch.testing.assert_close(found, whole[:, :, rows], atol=1e-5, rtol=1e-5)  # float32, sums of 72 terms
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "plain"])
+@pytest.mark.parametrize("shortcut", [True, False], ids=["shortcut", "no_shortcut"])
+@pytest.mark.parametrize("interpolate", [True, False], ids=["interpolate", "shuffle"])
+def test_inner_rows_of_an_up_block_are_those_of_the_whole_and_so_are_their_gradients(
+    draw, interpolate, shortcut, adapted
+):
+    block = DCUpBlock2d(8, 4, interpolate, shortcut)
+    if adapted:
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv"], init_lora_weights=False), block)
+    x = draw(*SHAPE).contiguous(memory_format=torch.channels_last).requires_grad_()
+    inputs = [x, *(parameter for parameter in block.parameters() if parameter.requires_grad)]
+    found, expected = block(x, inner=True), block(x)[:, :, 2:-2]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # float32, sums of 72 terms
+    pairs = zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (found, expected)), strict=True)
+    for pair in pairs:
+        torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-4)  # sums over 320 pixels of those
+    with torch.no_grad():
+        inside = block(x, inner=True)
+    torch.testing.assert_close(inside, expected, atol=1e-5, rtol=1e-5)
+    assert adapted or is_channels_last(inside)
+
+
 @torch.no_grad()
 def test_a_doubling_convolution_keeps_nothing_of_weights_that_have_changed(draw):
     conv, x = DoublingConv2d(8, 4, kernel_size=3, padding=1), draw(*SHAPE)
@@ -165,12 +197,13 @@ def test_an_adapter_around_a_doubling_convolution_sees_what_it_would_around_a_pl
     torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("inner", [True, False], ids=["inner", "whole"])
 @torch.no_grad()
-def test_an_up_block_compiles_without_a_graph_break(draw):
+def test_an_up_block_compiles_without_a_graph_break(draw, inner):
     torch._dynamo.reset()
     block, x = DCUpBlock2d(8, 4, interpolate=True), draw(*SHAPE)
     compiled = torch.compile(block, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), block(x), atol=1e-6, rtol=1e-5)  # float32
+    torch.testing.assert_close(compiled(x, inner), block(x, inner), atol=1e-6, rtol=1e-5)  # float32
     torch._dynamo.reset()
 
 

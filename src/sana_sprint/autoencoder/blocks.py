@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from sana_sprint.autoencoder.inner import InnerConv2d, convolve
 from sana_sprint.layers.attention import linear_attention
 from sana_sprint.layers.feed_forward import GLUMBConv
 from sana_sprint.layers.norms import channel_norm
@@ -31,12 +32,15 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, norm_type: str, act_fn: str) -> None:
         super().__init__()
         self.nonlinearity = activation(act_fn)
-        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.conv1 = InnerConv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv2 = InnerConv2d(channels, channels, kernel_size=3, padding=1, bias=False)
         self.norm = channel_norm(norm_type, channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.norm(self.conv2(self.nonlinearity(self.conv1(x))))
+    def forward(self, x: torch.Tensor, inner: bool = False) -> torch.Tensor:
+        """(B, C, H, W) to the same, or with `inner` without the two rows at either end: (B, C, H - 4, W)."""
+        # In one expression, for a name would keep what has been read in memory.
+        y = self.norm(convolve(self.conv2, self.nonlinearity(convolve(self.conv1, x, inner)), inner))
+        return (x[:, :, 2:-2] if inner else x) + y
 
 
 class MultiscaleProjection(nn.Module):

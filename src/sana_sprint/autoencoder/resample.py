@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sana_sprint.autoencoder.inner import InnerConv2d, convolve
+
 FACTOR = 2
 
 
@@ -51,7 +53,13 @@ def repeat_into_space(x: torch.Tensor, channels: int) -> torch.Tensor:
     return pixels.expand(-1, -1, -1, -1, FACTOR, FACTOR).permute(0, 1, 4, 2, 5, 3)
 
 
-class DoublingConv2d(nn.Conv2d):
+def nearest_double(x: torch.Tensor, inner: bool) -> torch.Tensor:
+    """Each pixel four times, (B, C, H, W) to (B, C, 2H, 2W), or with `inner` without the first and last row."""
+    y = F.interpolate(x, scale_factor=FACTOR, mode="nearest")
+    return y[:, :, 1:-1] if inner else y
+
+
+class DoublingConv2d(InnerConv2d):
     """A 3x3 convolution with padding 1, of an image or of its nearest-neighbour double, which is then not made.
 
     The double repeats each pixel, so the kernel meets it with the sum of neighbouring weights: a transposed convolution
@@ -60,16 +68,20 @@ class DoublingConv2d(nn.Conv2d):
     that the weights have left, and would be 16/9 of the weights in memory.
     """
 
-    def forward(self, x: torch.Tensor, doubled: bool = False) -> torch.Tensor:
-        """(B, C, H, W) to (B, C', H, W), or with `doubled` to (B, C', 2H, 2W)."""
+    def forward(self, x: torch.Tensor, inner: bool = False, doubled: bool = False) -> torch.Tensor:
+        """(B, C, H, W) to (B, C', H, W), or with `doubled` to (B, C', 2H, 2W).
+
+        With `inner` without what stands for the first and last row of `x`: one row each, of the double two.
+        """
         if not doubled:
-            return super().forward(x)
+            return super().forward(x, inner)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters())):
-            return super().forward(F.interpolate(x, scale_factor=FACTOR, mode="nearest"))
+            return super().forward(nearest_double(x, inner), inner)
         # Channels-last, for the library would take longer to rearrange the sums than to make them.
         kernel = self.weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
         sums = F.avg_pool2d(kernel, FACTOR, stride=1, padding=1, divisor_override=1)
-        return F.conv_transpose2d(x, sums, self.bias, stride=FACTOR, padding=1)
+        cut = 1 + FACTOR if inner else 1  # rows of the result, for that is what a transposed convolution's padding is
+        return F.conv_transpose2d(x, sums, self.bias, stride=FACTOR, padding=(cut, 1))
 
 
 class DCDownBlock2d(nn.Module):
@@ -113,18 +125,19 @@ class DCUpBlock2d(nn.Module):
         self.conv = (
             DoublingConv2d(in_channels, out_channels, kernel_size=3, padding=1)
             if interpolate
-            else nn.Conv2d(in_channels, out_channels * FACTOR**2, kernel_size=3, padding=1)
+            else InnerConv2d(in_channels, out_channels * FACTOR**2, kernel_size=3, padding=1)
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, inner: bool = False) -> torch.Tensor:
+        """(B, C, H, W) to (B, C', 2H, 2W), or with `inner` without the two rows at either end: (B, C', 2H - 4, 2W)."""
         if not self.interpolate:
-            y = channels_to_space(self.conv(x))
+            y = channels_to_space(convolve(self.conv, x, inner))
         elif isinstance(self.conv, DoublingConv2d):
-            y = self.conv(x, doubled=True)
+            y = self.conv(x, inner, doubled=True)
         else:  # an adapter around it, which sees what it would around a plain convolution
-            y = self.conv(F.interpolate(x, scale_factor=FACTOR, mode="nearest"))
+            y = convolve(self.conv, nearest_double(x, inner), inner)
         if not self.shortcut:
             return y
         cells = y.movedim(1, -1).unflatten(2, (-1, FACTOR)).unflatten(1, (-1, FACTOR))  # B H 2 W 2 C
-        carried = repeat_into_space(x, self.out_channels)
+        carried = repeat_into_space(x[:, :, 1:-1] if inner else x, self.out_channels)
         return (cells + carried).flatten(3, 4).flatten(1, 2).movedim(-1, 1)

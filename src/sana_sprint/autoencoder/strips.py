@@ -3,8 +3,8 @@
 B batch, C channels, H W grid.
 
 An image comes as consecutive strips of rows. A local layer keeps of each strip the few rows that its neighbour needs,
-so nothing is approximated and little is computed twice: a layer pads with zeros where the image ends, and what it pads
-within the image it computes for rows that are thrown away.
+so nothing is approximated and little is computed twice: a layer pads with zeros where the image ends; the rows that it
+would pad for within the image it leaves out, or else they are thrown away.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,6 +21,9 @@ from sana_sprint.layers.norms import ChannelRMSNorm
 
 # What sees of an image one pixel at a time.
 POINTWISE: tuple[type[nn.Module], ...] = (ChannelRMSNorm, *ACTIVATIONS.values())
+
+# What can leave out the rows that a strip within the image would throw away: its forward takes `inner`.
+LEAVES_OUT = (ResBlock, DCUpBlock2d)
 
 
 def halo_of(layer: nn.Module) -> int | None:
@@ -68,11 +71,12 @@ def _stream(layer: nn.Module, strips: Iterable[torch.Tensor], height: int, rows:
             stop = min(done + most, ready)
             kept = max(stop - halo, 0)
             given = [window[:, :, : min(stop + halo, end) - top]]
+            inner = isinstance(layer, LEAVES_OUT) and done >= halo and stop + halo <= end
             within = slice(int((done - top) * scale), int((stop - top) * scale))
             window = window[:, :, kept - top :].clone()
             top, done = kept, stop
             # Popped, so that what is given away is not kept alive here until the next strip is asked for.
-            yield layer(given.pop())[:, :, within]
+            yield layer(given.pop(), inner=True) if inner else layer(given.pop())[:, :, within]
 
 
 def _join(strips: Iterable[torch.Tensor], height: int) -> torch.Tensor:
