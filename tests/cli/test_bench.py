@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from sana_sprint.bench.cases import GROUPS
+from sana_sprint.bench.cases import CASES, GROUPS
 from sana_sprint.bench.twins import MODELS, Twins
 from sana_sprint.cli import bench
 from sana_sprint.cli.main import build_parser, main
@@ -63,6 +63,7 @@ def test_results_that_differ_are_printed_and_the_command_fails(capsys, monkeypat
 
 def test_the_choices_are_those_of_the_library():
     assert set(bench._CASES) == set(GROUPS)
+    assert set(bench._STEPS) == {case.steps for case in CASES if case.group == "picture"}
     assert set(bench._MODELS) == set(MODELS)
 
 
@@ -84,6 +85,13 @@ def test_options_are_read_without_repetitions():
     assert settings.batches == (1, 4)
     assert [case.name for case in settings.cases] == ["step", "decode"]
     assert (settings.dtype, settings.compiles, settings.rounds) == (torch.bfloat16, True, 7)
+
+
+def test_pictures_may_be_of_some_numbers_of_steps_only():
+    settings = settings_of("--cases", "text", "picture", "--steps", "1", "4")
+    assert [case.name for case in settings.cases] == [
+        *("text, new prompt", "text, same prompt", "picture, 1 step", "picture, 4 steps"),
+    ]
 
 
 @pytest.mark.parametrize(

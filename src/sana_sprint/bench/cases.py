@@ -45,12 +45,14 @@ class Case:
         group: as it is asked for, with others of its kind.
         networks: those that it runs.
         build: pipelines with these networks, a workload and a seed to the two runs.
+        steps: of each picture; None for what is no picture.
     """
 
     name: str
     group: str
     networks: tuple[str, ...]
     build: Callable[[Pair, Workload, int], Runs]
+    steps: int | None = None
 
     @property
     def has_size(self) -> bool:
@@ -167,6 +169,7 @@ CASES = (
             group="picture",
             networks=("text_encoder", "transformer", "vae"),
             build=_picture(steps),
+            steps=steps,
         )
         for steps in (1, 2, 4)
     ),

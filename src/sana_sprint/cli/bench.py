@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Those of sana_sprint.bench, which `--help` must not import.
 _MODELS = ("1.6b", "0.6b")
 _CASES = ("text", "step", "decode", "picture")
+_STEPS = (1, 2, 4)
 
 _DEFAULTS = {"size": [(1024, 1024)], "rounds": 5, "model": ["1.6b"]}
 _QUICK_DEFAULTS = {"size": [(256, 256)], "rounds": 3, "model": ["quick"]}
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options; None stands for what --quick has another default for."""
     what = parser.add_argument_group("what to measure")
     what.add_argument("--cases", nargs="+", choices=_CASES, default=list(_CASES), help="kinds of cases (all)")
+    what.add_argument("--steps", nargs="+", type=int, choices=_STEPS, default=_STEPS, help="of whole pictures (all)")
     what.add_argument("--model", nargs="+", choices=_MODELS, help="published sizes of the transformer (1.6b)")
     what.add_argument(
         "--size", nargs="+", type=picture_size, metavar="N", help="pixels of the pictures, N or WxH, of 32 (1024)"
@@ -68,7 +70,7 @@ def read_settings(options: argparse.Namespace) -> "Settings":
     device = choose_device(asked)
     return Settings(
         models={name: configs_of(name) for name in dict.fromkeys(options.model)},
-        cases=tuple(case for case in CASES if case.group in options.cases),
+        cases=tuple(case for case in CASES if case.group in options.cases and case.steps in (None, *options.steps)),
         sizes=tuple(dict.fromkeys(options.size)),
         batches=tuple(dict.fromkeys(options.batch)),
         dtype=choose_dtype(options.dtype, device),
