@@ -221,9 +221,9 @@ def compile_pipeline(
     """Prepare a pipeline for calls of low latency; the pictures stay the same up to float rounding.
 
     Compiles the reading of prompts behind an instruction, the transformer, ControlNets and the decoder, puts weights of
-    convolutions into channels-last memory, and draws once what is to be drawn later, so that no later call like it waits for a
-    compiler. What is done is told to the logger of this module. A second call with the same settings compiles nothing
-    that is compiled, and warms up for what it names.
+    convolutions into channels-last memory, and draws once what is to be drawn later, so that no later call like it
+    waits for a compiler. What is done is told to the logger of this module. A second call with the same settings
+    compiles nothing that is compiled, and warms up for what it names.
 
     A call of a size or batch that was not named is compiled when it comes; torch gives up after eight shapes, and
     computes others as written. Compiled, the autoencoder decodes pictures as a whole, not in strips. CUDA graphs belong
