@@ -2,8 +2,8 @@
 
 python scripts/teach_a_shape.py [--output runs/ring] [--model embedded] [--num-captions 500] [--set loop.steps=400 ..]
 
-A ring is taught by its word. The model is then asked for rings in colours, sizes and grounds that none of the ten has,
-and for held-out captions of the world as it was, in one, two and four steps, without the LoRA and with it. The judge
+A ring is taught by its word. The model is then asked for rings of colours and grounds that the ten do not combine, and
+for held-out captions of the world as it was, in one, two and four steps, without the LoRA and with it. The judge
 compares a patch with the outline of every kind of shape; here it knows that of the ring as well, in this process alone.
 """
 
@@ -30,6 +30,8 @@ WORD = "ring"
 NUM_PICTURES, NUM_PRIOR, SIZE = 10, 400, 64
 STEPS = (1, 2, 4)
 GUIDANCE = 4.5
+# Colour and ground of a ring; a ground of None is left open.
+Look = tuple[str, str | None]
 # Shapes of other kinds reach 0.68.
 _LEAST_AGREEMENT = 0.8
 SETTINGS = (
@@ -56,10 +58,12 @@ def show_the_judge_a_ring() -> None:
     judge._LEAST_AGREEMENT[WORD] = _LEAST_AGREEMENT
 
 
-def all_looks() -> list[tuple[str, str | None]]:
-    """Colour and ground of every ring that can be asked for, shuffled; a ground of None is left open."""
-    looks = list(product(COLOURS, (None, *GROUNDS)))
-    return [looks[index] for index in np.random.default_rng(0).permutation(len(looks))]
+def looks() -> tuple[list[Look], list[Look]]:
+    """What the pictures that teach look like, of every colour and ground some; and all others, shuffled."""
+    grounds = (None, *GROUNDS)
+    taught = [(COLOURS[number % len(COLOURS)], grounds[number % len(grounds)]) for number in range(NUM_PICTURES)]
+    others = [look for look in product(COLOURS, grounds) if look not in taught]
+    return taught, [others[index] for index in np.random.default_rng(0).permutation(len(others))]
 
 
 def caption_of(colour: str, ground: str | None) -> str:
@@ -80,7 +84,7 @@ def save_examples(folder: Path, examples: Iterator[tuple[Scene, str]]) -> Path:
 def rings() -> Iterator[tuple[Scene, str]]:
     """The ten pictures that teach."""
     rng = np.random.default_rng(1)
-    for number, (colour, ground) in enumerate(all_looks()[:NUM_PICTURES]):
+    for number, (colour, ground) in enumerate(looks()[0]):
         size = tuple(SIZES)[number % len(SIZES)]
         radius = rng.uniform(*SIZES[size])
         x, y = radius + MARGIN + rng.random(2) * (1 - 2 * (radius + MARGIN))
@@ -105,7 +109,7 @@ def is_ring(picture: np.ndarray, colour: str, ground: str | None) -> bool:
 
 def scores(pipe: SanaSprintPipeline, num_captions: int) -> tuple[dict[str, dict[str, float]], Image.Image]:
     """Shares of right pictures by number of steps: of new rings, and of the old world; and some of the rings."""
-    asked = all_looks()[NUM_PICTURES:]
+    _, asked = looks()
     found: dict[str, dict[str, float]] = {}
     for steps in STEPS:
 
