@@ -11,6 +11,7 @@ from sana_sprint.trigflow.consistency import (
     consistency_tangent,
     draw_angles,
     velocity_and_derivative,
+    warmup_share,
 )
 from sana_sprint.trigflow.path import cosine_and_sine, predict_clean
 
@@ -100,6 +101,11 @@ def test_the_tangent_moves_a_student_towards_the_exact_one():
     end = exact_student(sample, angle)
     distance = [(velocity - end).flatten(1).norm(dim=1) for velocity in (before, after)]
     assert (distance[1] < distance[0]).all()
+
+
+def test_a_warmup_grows_evenly_and_one_of_no_steps_is_over_at_once():
+    assert [warmup_share(step, 4) for step in (0, 1, 4, 9)] == [0, 0.25, 1, 1]
+    assert warmup_share(0, 0) == 1
 
 
 def test_without_warmup_the_student_is_drawn_to_its_teacher():

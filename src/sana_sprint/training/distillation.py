@@ -41,6 +41,7 @@ from sana_sprint.trigflow.consistency import (
     consistency_tangent,
     draw_angles,
     velocity_and_derivative,
+    warmup_share,
 )
 from sana_sprint.trigflow.path import add_noise, cosine_and_sine, predict_clean, velocity_target
 
@@ -272,7 +273,7 @@ class DistillationLosses(Objective[N]):
             with torch.no_grad():
                 teacher_velocity = self._teacher_pass(sample, angle, batch, guidance)
             velocity, derivative = self._student_pass(sample, angle, batch, guidance, teacher_velocity)
-            warmup = min(1.0, draws.step / max(settings.tangent_warmup_steps, 1))
+            warmup = warmup_share(draws.step, settings.tangent_warmup_steps)
             tangent = consistency_tangent(sample, angle, velocity, teacher_velocity, derivative, warmup)
             each = consistency_loss(velocity, tangent, angle, self.log_variance(angle))
             # By the expected share and not the count, so that parts of a batch add up to the whole.

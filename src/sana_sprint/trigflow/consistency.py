@@ -58,6 +58,11 @@ def velocity_and_derivative(
     return velocity, derivative.detach()
 
 
+def warmup_share(step: int, warmup_steps: int) -> float:
+    """How much of the tangent's second part counts in a step, from 0: it grows evenly to 1 in `warmup_steps` steps."""
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
+
+
 def consistency_tangent(
     sample: torch.Tensor,
     angle: torch.Tensor,
