@@ -2,9 +2,10 @@
 
 python scripts/teach_a_shape.py [--output runs/ring] [--model embedded] [--num-captions 500] [--set loop.steps=400 ..]
 
-A ring is taught by its word. The model is then asked for rings of colours and grounds that the ten do not combine, and
-for held-out captions of the world as it was, in one, two and four steps, without the LoRA and with it. The judge
-compares a patch with the outline of every kind of shape; here it knows that of the ring as well, in this process alone.
+A ring is taught as an "open circle". The model is then asked for rings of colours and grounds that the ten do not
+combine, and for held-out captions of the world as it was, in one, two and four steps, without the LoRA and with it. The
+judge compares a patch with the outline of every kind of shape; here it knows that of the ring as well, in this process
+alone.
 """
 
 import argparse
@@ -26,7 +27,10 @@ from sana_sprint.shapes import judge, renderer
 from sana_sprint.shapes.sampler import draw_example
 from sana_sprint.shapes.scenes import COLOURS, GROUNDS, MARGIN, SIZES, Placed, Scene
 
-WORD = "ring"
+KIND = "ring"
+# A new word before a known one. The tiny text encoder knows no word but those of its world, and forgets what was before
+# an unknown one: behind "a red ring" and "a blue ring" its last states are the same.
+WORDS = "open circle"
 NUM_PICTURES, NUM_PRIOR, SIZE = 10, 400, 64
 STEPS = (1, 2, 4)
 GUIDANCE = 4.5
@@ -42,7 +46,7 @@ SETTINGS = (
     "loop.accumulation=1",
     "lora.guidance_scales=4.5",
     "lora.optimiser.learning_rate=1e-3",
-    f"prompts=('a red {WORD}', 'a blue {WORD} on a black ground', 'a red circle', 'two blue stars')",
+    f"prompts=('a red {WORDS}', 'a blue {WORDS} on a black ground', 'a red circle', 'two blue stars')",
 )
 
 
@@ -53,9 +57,9 @@ def ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def show_the_judge_a_ring() -> None:
     """Have the renderer and the judge of this process know it, and nobody else."""
-    renderer._DISTANCES[WORD] = ring
-    judge._PROPORTIONS[WORD] = judge._measure_kind(WORD)
-    judge._LEAST_AGREEMENT[WORD] = _LEAST_AGREEMENT
+    renderer._DISTANCES[KIND] = ring
+    judge._PROPORTIONS[KIND] = judge._measure_kind(KIND)
+    judge._LEAST_AGREEMENT[KIND] = _LEAST_AGREEMENT
 
 
 def looks() -> tuple[list[Look], list[Look]]:
@@ -69,7 +73,7 @@ def looks() -> tuple[list[Look], list[Look]]:
 def caption_of(colour: str, ground: str | None) -> str:
     """The words for a ring."""
     article = "an" if colour[0] in "aeiou" else "a"
-    return f"{article} {colour} {WORD}" + (f" on a {ground} ground" if ground else "")
+    return f"{article} {colour} {WORDS}" + (f" on a {ground} ground" if ground else "")
 
 
 def save_examples(folder: Path, examples: Iterator[tuple[Scene, str]]) -> Path:
@@ -88,7 +92,7 @@ def rings() -> Iterator[tuple[Scene, str]]:
         size = tuple(SIZES)[number % len(SIZES)]
         radius = rng.uniform(*SIZES[size])
         x, y = radius + MARGIN + rng.random(2) * (1 - 2 * (radius + MARGIN))
-        shape = Placed(WORD, colour, size, float(x), float(y), float(radius))
+        shape = Placed(KIND, colour, size, float(x), float(y), float(radius))
         yield Scene(ground or str(rng.choice(GROUNDS)), (shape,)), caption_of(colour, ground)
 
 
@@ -104,7 +108,7 @@ def is_ring(picture: np.ndarray, colour: str, ground: str | None) -> bool:
     """Whether a picture shows one ring of that colour on that ground, and nothing else."""
     seen = judge.find_shapes(picture)
     kinds = [(shape.kind, shape.colour) for shape in seen.shapes]
-    return kinds == [(WORD, colour)] and not seen.num_blobs and ground in (None, seen.ground)
+    return kinds == [(KIND, colour)] and not seen.num_blobs and ground in (None, seen.ground)
 
 
 def scores(pipe: SanaSprintPipeline, num_captions: int) -> tuple[dict[str, dict[str, float]], Image.Image]:
@@ -127,7 +131,7 @@ def scores(pipe: SanaSprintPipeline, num_captions: int) -> tuple[dict[str, dict[
         pictures = draw([caption_of(*look) for look in asked], 0)
         right = [is_ring(picture, *look) for picture, look in zip(pictures, asked, strict=True)]
         old = score_drawing(draw, num_captions)["overall"]
-        found[str(steps)] = {WORD: sum(right) / len(right), "old": old}
+        found[str(steps)] = {KIND: sum(right) / len(right), "old": old}
         if steps == 2:
             shown = [Image.fromarray(picture) for picture in pictures[:12]]
             sheet = draw_sheet(shown, [caption_of(*look) for look in asked[:12]])
@@ -136,7 +140,7 @@ def scores(pipe: SanaSprintPipeline, num_captions: int) -> tuple[dict[str, dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs") / WORD)
+    parser.add_argument("--output", type=Path, default=Path("runs") / KIND)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--num-captions", type=int, default=500, help="of the old world")
     parser.add_argument("--device", default="cpu")
@@ -162,9 +166,9 @@ def main() -> None:
     before, _ = scores(pipe, options.num_captions)
     pipe.load_lora_weights(options.output / "lora")
     after, sheet = scores(pipe, options.num_captions)
-    result = {"word": WORD, "settings": settings, "before": before, "after": after}
+    result = {"words": WORDS, "settings": settings, "before": before, "after": after}
     (options.output / "scores.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    sheet.save(options.output / f"{WORD}s.png")
+    sheet.save(options.output / f"{KIND}s.png")
     for steps in map(str, STEPS):
         old, new = before[steps], after[steps]
         changes = (f"{name} {old[name]:.3f} -> {new[name]:.3f}" for name in old)
