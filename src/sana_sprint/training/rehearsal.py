@@ -171,5 +171,4 @@ def _shapes(recipe: ShapesRecipe) -> dict[str, Footprint]:
         "guidance": footprint(guidance, flow.guidance_loop),
         "consistency": footprint(student(recipe.consistency), recipe.consistency_loop),
         "distillation": footprint(student(recipe.distillation), recipe.distillation_loop),
-        "simulation": footprint(student(recipe.simulation), recipe.simulation_loop),
     }

@@ -111,9 +111,6 @@ class ShapesTraining:
     def distillation(self) -> None:
         self._distil("distillation", "consistency", self.recipe.distillation, self.recipe.distillation_loop)
 
-    def simulation(self) -> None:
-        self._distil("simulation", "distillation", self.recipe.simulation, self.recipe.simulation_loop)
-
     def _distil(self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings) -> None:
         """Train the student that the stage before has left."""
         teacher, student = (
@@ -139,7 +136,7 @@ class ShapesTraining:
         partial = self.folder / "checkpoint.partial"
         shutil.rmtree(partial, ignore_errors=True)
         transformer = SanaTransformer2DModel.from_pretrained(
-            self._result("simulation", "transformer"), torch_dtype=torch.bfloat16
+            self._result("distillation", "transformer"), torch_dtype=torch.bfloat16
         )
         save_network(transformer, partial / "transformer")
         save_network(self._vae("decoder", torch.bfloat16), partial / "vae")

@@ -8,6 +8,5 @@ STAGES = (
     "guidance",
     "consistency",
     "distillation",
-    "simulation",
     "assemble",
 )

@@ -118,18 +118,6 @@ def _distillation_settings() -> DistillationSettings:
     )
 
 
-def _simulation_settings() -> DistillationSettings:
-    settings = _distillation_settings()
-    return replace(
-        settings,
-        student=replace(settings.student, learning_rate=2e-4, matrix_learning_rate=6e-4),
-        # At 2 the teacher's pictures are the truest, at 4.5 they follow their captions best (docs/evaluation.md).
-        guidance_scales=(2.0, 3.0, 4.5),
-        max_time_share=0.5,
-        simulated_share=0.6,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShapesRecipe:
     """All settings of the embedded checkpoint's last round."""
@@ -148,10 +136,6 @@ class ShapesRecipe:
     distillation: DistillationSettings = field(default_factory=_distillation_settings)
     distillation_loop: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=3000, batch_size=64, ema_decay=0.995, seed=21)
-    )
-    simulation: DistillationSettings = field(default_factory=_simulation_settings)
-    simulation_loop: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=2600, batch_size=64, ema_decay=0.995, seed=22)
     )
 
 
@@ -196,6 +180,4 @@ def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: i
         consistency_loop=fewer(recipe.consistency_loop),
         distillation=briefly(recipe.distillation),
         distillation_loop=fewer(recipe.distillation_loop),
-        simulation=briefly(recipe.simulation),
-        simulation_loop=fewer(recipe.simulation_loop),
     )
