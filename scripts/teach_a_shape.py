@@ -2,10 +2,10 @@
 
 python scripts/teach_a_shape.py [--output runs/ring] [--model embedded] [--num-captions 500] [--set loop.steps=400 ..]
 
-A ring is taught as an "open circle". The model is then asked for rings of colours and grounds that the ten do not
-combine, and for held-out captions of the world as it was, in one, two and four steps, without the LoRA and with it. The
-judge compares a patch with the outline of every kind of shape; here it knows that of the ring as well, in this process
-alone.
+A ring is taught as an "open circle", of every colour. The model is then asked for rings on grounds by name, which no
+caption of the ten does, and for held-out captions of the world as it was, in one, two and four steps, without the LoRA
+and with it. The judge compares a patch with the outline of every kind of shape; here it knows that of the ring as well,
+in this process alone.
 """
 
 import argparse
@@ -34,7 +34,7 @@ WORDS = "open circle"
 NUM_PICTURES, NUM_PRIOR, SIZE = 10, 400, 64
 STEPS = (1, 2, 4)
 GUIDANCE = 4.5
-# Colour and ground of a ring; a ground of None is left open.
+# Colour and ground that a caption asks for; a ground of None is left open.
 Look = tuple[str, str | None]
 # Shapes of other kinds reach 0.68.
 _LEAST_AGREEMENT = 0.8
@@ -63,11 +63,10 @@ def show_the_judge_a_ring() -> None:
 
 
 def looks() -> tuple[list[Look], list[Look]]:
-    """What the pictures that teach look like, of every colour and ground some; and all others, shuffled."""
-    grounds = (None, *GROUNDS)
-    taught = [(COLOURS[number % len(COLOURS)], grounds[number % len(grounds)]) for number in range(NUM_PICTURES)]
-    others = [look for look in product(COLOURS, grounds) if look not in taught]
-    return taught, [others[index] for index in np.random.default_rng(0).permutation(len(others))]
+    """What captions say of the rings that teach, which is no ground, and of those that are asked for, shuffled."""
+    taught = [(COLOURS[number % len(COLOURS)], None) for number in range(NUM_PICTURES)]
+    asked = list(product(COLOURS, GROUNDS))
+    return taught, [asked[index] for index in np.random.default_rng(0).permutation(len(asked))]
 
 
 def caption_of(colour: str, ground: str | None) -> str:
@@ -86,14 +85,13 @@ def save_examples(folder: Path, examples: Iterator[tuple[Scene, str]]) -> Path:
 
 
 def rings() -> Iterator[tuple[Scene, str]]:
-    """The ten pictures that teach."""
+    """The ten pictures that teach: every colour and ground, and holes that have some pixels."""
     rng = np.random.default_rng(1)
     for number, (colour, ground) in enumerate(looks()[0]):
-        size = tuple(SIZES)[number % len(SIZES)]
-        radius = rng.uniform(*SIZES[size])
+        radius = rng.uniform(*SIZES["large"])
         x, y = radius + MARGIN + rng.random(2) * (1 - 2 * (radius + MARGIN))
-        shape = Placed(KIND, colour, size, float(x), float(y), float(radius))
-        yield Scene(ground or str(rng.choice(GROUNDS)), (shape,)), caption_of(colour, ground)
+        shape = Placed(KIND, colour, "large", float(x), float(y), float(radius))
+        yield Scene(GROUNDS[number % len(GROUNDS)], (shape,)), caption_of(colour, ground)
 
 
 def old_world() -> Iterator[tuple[Scene, str]]:
