@@ -18,7 +18,7 @@ def _distillation_settings() -> DistillationSettings:
     # Ways in and out are no matrices of blocks.
     student = replace(settings.student, learning_rate=4e-4, matrix_learning_rate=5e-4)
     # Edges say nearly all of such a picture, and the captions the rest: its latents are what to predict.
-    return replace(settings, student=student, max_time_share=0.5, reconstruction_weight=1.0)
+    return replace(settings, student=student, max_time_share=0.5, reconstruction_weight=3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
