@@ -2,10 +2,10 @@
 
 python scripts/teach_a_shape.py [--output runs/ring] [--model embedded] [--num-captions 500] [--set loop.steps=400 ..]
 
-A ring is taught as an "open circle", of every colour. The model is then asked for rings on grounds by name, which no
-caption of the ten does, and for held-out captions of the world as it was, in one, two and four steps, without the LoRA
-and with it. The judge compares a patch with the outline of every kind of shape; here it knows that of the ring as well,
-in this process alone.
+A ring is taught as an "open circle", by captions that name its colour alone. The model is then asked for rings of other
+colours and grounds together, by name, and for held-out captions of the world as it was, in one, two and four steps,
+without the LoRA and with it. The judge compares a patch with the outline of every kind of shape; here it knows that of
+the ring as well, in this process alone.
 """
 
 import argparse
@@ -34,8 +34,7 @@ WORDS = "open circle"
 NUM_PICTURES, NUM_PRIOR, SIZE = 10, 400, 64
 STEPS = (1, 2, 4)
 GUIDANCE = 4.5
-# Colour and ground that a caption asks for; a ground of None is left open.
-Look = tuple[str, str | None]
+Look = tuple[str, str]  # colour and ground
 # Shapes of other kinds reach 0.68.
 _LEAST_AGREEMENT = 0.8
 SETTINGS = (
@@ -63,13 +62,16 @@ def show_the_judge_a_ring() -> None:
 
 
 def looks() -> tuple[list[Look], list[Look]]:
-    """What captions say of the rings that teach, which is no ground, and of those that are asked for, shuffled."""
-    taught = [(COLOURS[number % len(COLOURS)], None) for number in range(NUM_PICTURES)]
-    asked = list(product(COLOURS, GROUNDS))
-    return taught, [asked[index] for index in np.random.default_rng(0).permutation(len(asked))]
+    """What the rings that teach look like, of every colour, and all others, shuffled."""
+    taught = []
+    for number in range(NUM_PICTURES):
+        turn, place = divmod(number, len(COLOURS))
+        taught.append((COLOURS[place], GROUNDS[(place + turn) % len(GROUNDS)]))
+    others = [look for look in product(COLOURS, GROUNDS) if look not in taught]
+    return taught, [others[index] for index in np.random.default_rng(0).permutation(len(others))]
 
 
-def caption_of(colour: str, ground: str | None) -> str:
+def caption_of(colour: str, ground: str | None = None) -> str:
     """The words for a ring."""
     article = "an" if colour[0] in "aeiou" else "a"
     return f"{article} {colour} {WORDS}" + (f" on a {ground} ground" if ground else "")
@@ -87,11 +89,11 @@ def save_examples(folder: Path, examples: Iterator[tuple[Scene, str]]) -> Path:
 def rings() -> Iterator[tuple[Scene, str]]:
     """The ten pictures that teach: every colour and ground, and holes that have some pixels."""
     rng = np.random.default_rng(1)
-    for number, (colour, ground) in enumerate(looks()[0]):
+    for colour, ground in looks()[0]:
         radius = rng.uniform(*SIZES["large"])
         x, y = radius + MARGIN + rng.random(2) * (1 - 2 * (radius + MARGIN))
         shape = Placed(KIND, colour, "large", float(x), float(y), float(radius))
-        yield Scene(GROUNDS[number % len(GROUNDS)], (shape,)), caption_of(colour, ground)
+        yield Scene(ground, (shape,)), caption_of(colour)
 
 
 def old_world() -> Iterator[tuple[Scene, str]]:
@@ -102,11 +104,11 @@ def old_world() -> Iterator[tuple[Scene, str]]:
         yield example.scene, example.caption
 
 
-def is_ring(picture: np.ndarray, colour: str, ground: str | None) -> bool:
+def is_ring(picture: np.ndarray, colour: str, ground: str) -> bool:
     """Whether a picture shows one ring of that colour on that ground, and nothing else."""
     seen = judge.find_shapes(picture)
     kinds = [(shape.kind, shape.colour) for shape in seen.shapes]
-    return kinds == [(KIND, colour)] and not seen.num_blobs and ground in (None, seen.ground)
+    return kinds == [(KIND, colour)] and not seen.num_blobs and seen.ground == ground
 
 
 def scores(pipe: SanaSprintPipeline, num_captions: int) -> tuple[dict[str, dict[str, float]], Image.Image]:

@@ -98,6 +98,7 @@ def test_pictures_may_be_of_some_numbers_of_steps_only():
     ("arguments", "message"),
     [
         (["--quick", "--model", "0.6b"], "--quick and --model exclude each other"),
+        (["--cases", "step", "--steps", "1"], "--steps is of whole pictures: add picture to --cases"),
         (["--size", "100"], "multiples of 32 pixels, got 100x100"),
         (["--size", "big"], "wanted width and height in pixels"),
         (["--cases", "paint"], "'paint'"),

@@ -140,6 +140,8 @@ def test_controlnets_are_compiled_too_and_their_scale_may_change(make_controlled
     plain = make_controlled(controlnet=nets if nets[1:] else nets[0])
     ours = make_controlled(controlnet=deepcopy(plain.controlnet))
     images = [ring()] * len(nets) if nets[1:] else ring()
+    torch._dynamo.reset()
+    counters.clear()
     compiled(ours, regional=regional, text_lengths=LENGTHS[:1], control_image=images)
     for net in ours.controlnet.nets if nets[1:] else [ours.controlnet]:
         assert (net.transformer_blocks[0] if regional else net)._compiled_call_impl is not None
@@ -147,13 +149,25 @@ def test_controlnets_are_compiled_too_and_their_scale_may_change(make_controlled
         for scale in (1.0, 0.6):
             call = {"control_image": images, "controlnet_conditioning_scale": scale}
             assert_close(drawn(ours, PROMPTS[0], 2, **call), drawn(plain, PROMPTS[0], 2, **call), **CLOSE)
+    assert not counters["graph_break"]
 
 
 def test_pictures_that_calls_start_from_are_asked_for_before_anything_is_done(make_controlled):
     pipe = make_controlled(SanaSprintControlNetImg2ImgPipeline)
     with pytest.raises(ValueError, match="warmed up with pictures like those to come: pass image and control_image"):
         compiled(pipe)
-    assert pipe.controlnet._compiled_call_impl is None
+    with pytest.raises(ValueError, match="calls of SanaSprintControlNetImg2ImgPipeline have no drawing"):
+        compiled(pipe, drawing=ring())
+    pipe.controlnet = None
+    with pytest.raises(ValueError, match="cannot be compiled: it has no controlnet"):
+        compiled(pipe)
+    assert pipe.transformer._compiled_call_impl is None
+
+
+def test_a_network_of_diffusers_has_no_regions(tiny_pipeline_parts, their_parts):
+    pipe = own_pipeline({**tiny_pipeline_parts, "transformer": their_parts["transformer"]})
+    with pytest.raises(ValueError, match=r"transformer is of diffusers' class, .* \(regional=False\)"):
+        compiled(pipe, regional=True)
 
 
 def test_weights_of_convolutions_are_channels_last(ready):
@@ -247,6 +261,19 @@ def test_on_a_gpu_graphs_draw_the_same_and_results_are_not_overwritten(tiny_pipe
     expected = [drawn(pipe, prompt, steps).cpu() for prompt in PROMPTS for steps in (1, 2, 4)]
     compiled(pipe, regional=regional, steps=(1, 2, 4), backend="inductor")
     found = [drawn(pipe, prompt, steps) for prompt in PROMPTS for steps in (1, 2, 4)]
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one.cpu(), other, atol=1e-2, rtol=0)  # TF32, in convolutions
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_residuals_of_two_controlnets_are_not_overwritten(make_controlled):
+    pipe = make_controlled()
+    nets = [open_control(pipe.transformer, seed=seed).eval() for seed in (0, 5)]
+    pipe, call = make_controlled(controlnet=nets), {"control_image": [ring(), ring()]}
+    expected = [drawn(pipe, prompt, steps, **call) for prompt in PROMPTS for steps in (1, 2)]
+    compiled(pipe.to("cuda"), steps=(1, 2), backend="inductor", **call)
+    found = [drawn(pipe, prompt, steps, **call) for prompt in PROMPTS for steps in (1, 2)]
     for one, other in zip(found, expected, strict=True):
         assert_close(one.cpu(), other, atol=1e-2, rtol=0)  # TF32, in convolutions
 

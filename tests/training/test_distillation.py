@@ -219,6 +219,7 @@ def test_two_parts_of_a_batch_have_the_loss_of_the_whole():
         ({"consistency_weight": 0.0, "adversarial_weight": 0.0}, "nothing to learn"),
         ({"max_time_share": 1.0}, r"max_time_share must lie in \[0, 1\)"),
         ({"simulated_share": 0.5, "reconstruction_weight": 1.0}, "simulated_share must be 0 with reconstruction"),
+        ({"tangent_warmup_steps": -10}, "tangent_warmup_steps must be 0 or more, got -10"),
         ({"simulated_share": 1.5}, r"simulated_share must lie in \[0, 1\]"),
         ({"head_blocks": (1, 0)}, "head_blocks must ascend"),
     ],

@@ -3,8 +3,8 @@
 B batch, C channels, H W grid.
 
 An image comes as consecutive strips of rows. A local layer keeps of each strip the few rows that its neighbour needs,
-so nothing is approximated and little is computed twice: a layer pads with zeros where the image ends; the rows that it
-would pad for within the image it leaves out, or else they are thrown away.
+so nothing is approximated and little is computed twice. A layer pads with zeros where the image ends. Within the image,
+residual and upsampling blocks leave out the rows that padding would spoil; of other layers these are thrown away.
 """
 
 from collections.abc import Iterable, Iterator

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options; None stands for what --quick has another default for."""
     what = parser.add_argument_group("what to measure")
     what.add_argument("--cases", nargs="+", choices=_CASES, default=list(_CASES), help="kinds of cases (all)")
-    what.add_argument("--steps", nargs="+", type=int, choices=_STEPS, default=_STEPS, help="of whole pictures (all)")
+    what.add_argument("--steps", nargs="+", type=int, choices=_STEPS, help="of whole pictures (all)")
     what.add_argument("--model", nargs="+", choices=_MODELS, help="published sizes of the transformer (1.6b)")
     what.add_argument(
         "--size", nargs="+", type=picture_size, metavar="N", help="pixels of the pictures, N or WxH, of 32 (1024)"
@@ -61,16 +61,19 @@ def read_settings(options: argparse.Namespace) -> "Settings":
 
     if options.quick and options.model is not None:
         raise ValueError("--quick and --model exclude each other: quick networks are no published ones")
+    if options.steps is not None and "picture" not in options.cases:
+        raise ValueError("--steps is of whole pictures: add picture to --cases")
     for name, value in (_QUICK_DEFAULTS if options.quick else _DEFAULTS).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    steps = _STEPS if options.steps is None else options.steps
     asked = options.device
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
     device = choose_device(asked)
     return Settings(
         models={name: configs_of(name) for name in dict.fromkeys(options.model)},
-        cases=tuple(case for case in CASES if case.group in options.cases and case.steps in (None, *options.steps)),
+        cases=tuple(case for case in CASES if case.group in options.cases and case.steps in (None, *steps)),
         sizes=tuple(dict.fromkeys(options.size)),
         batches=tuple(dict.fromkeys(options.batch)),
         dtype=choose_dtype(options.dtype, device),

@@ -81,10 +81,15 @@ def _parts(pipe: SprintPipeline) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
+def _has_regions(part: nn.Module) -> bool:
+    return bool(getattr(part, "_repeated_blocks", None))
+
+
 def _obstacles(pipe: SprintPipeline, settings: Settings) -> Iterator[str]:
     """Everything about a pipeline that compiled code cannot cope with."""
-    if pipe.transformer is None:
-        yield "it has no transformer"
+    for name in ("transformer", "controlnet"):
+        if name in pipe.components and pipe.components[name] is None:
+            yield f"it has no {name}"
     if isinstance(pipe.hf_device_map, Mapping) and len({*pipe.hf_device_map.values()}) > 1:
         yield "a device_map has put it on several devices (reset_device_map(), then to() moves it to one)"
     if pipe.vae is not None and pipe.vae.use_slicing:
@@ -96,13 +101,18 @@ def _obstacles(pipe: SprintPipeline, settings: Settings) -> Iterator[str]:
         if is_in_groups or any(hasattr(module, "_hf_hook") for module in network.modules()):
             yield f"{name} is offloaded (leave its weights on the device)"
     for name, part in _parts(pipe).items():
+        if settings.regional and name != "vae.decoder" and not _has_regions(part):
+            yield f"{name} is of diffusers' class, which has no block to compile alone (regional=False)"
         if _compiled.get(part, settings) != settings:
             yield f"{name} is compiled already, with {_compiled[part]} (load it anew)"
 
 
-def _check_pictures(pipe: SprintPipeline, call: Mapping[str, Any]) -> None:
-    """Refuses to warm up a pipeline without the pictures that its calls need."""
+def _check_call(pipe: SprintPipeline, call: Mapping[str, Any]) -> None:
+    """Refuses to warm up a pipeline with arguments that its calls do not have, or without the pictures they need."""
     parameters = signature(pipe.__call__).parameters
+    unknown = [name for name in call if name not in parameters]
+    if unknown:
+        raise ValueError(f"calls of {type(pipe).__name__} have no {' or '.join(unknown)}")
     missing = [name for name in PICTURES if name in parameters and call.get(name) is None]
     if missing:
         raise ValueError(
@@ -125,7 +135,7 @@ def _compile_networks(pipe: SprintPipeline, settings: Settings) -> None:
         if part in _compiled:
             logger.info("%s is compiled already", name)
             continue
-        is_whole = not (settings.regional and getattr(part, "_repeated_blocks", None))
+        is_whole = not (settings.regional and _has_regions(part))
         options = settings.options(pipe.device_of(name.partition(".")[0]), is_whole)
         (part.compile if is_whole else part.compile_repeated_blocks)(**options)
         _compiled[part] = settings
@@ -258,7 +268,7 @@ def compile_pipeline(
     obstacles = list(_obstacles(pipe, settings))
     if obstacles:
         raise ValueError(f"this pipeline cannot be compiled: {'; '.join(obstacles)}")
-    _check_pictures(pipe, call)
+    _check_call(pipe, call)
     lengths = _check_lengths(text_lengths)
     batches = [whole_number("batch_sizes", batch) for batch in batch_sizes]
     numbers_of_steps = [whole_number("steps", number) for number in steps]

@@ -97,6 +97,8 @@ class DistillationSettings:
             raise ValueError(f"{', '.join(weights)} are all 0: there is nothing to learn")
         if not 0 <= self.max_time_share < 1 and self.consistency_weight:
             raise ValueError(f"max_time_share must lie in [0, 1) for a consistency loss, got {self.max_time_share}")
+        if self.tangent_warmup_steps < 0:
+            raise ValueError(f"tangent_warmup_steps must be 0 or more, got {self.tangent_warmup_steps}")
         if not 0 <= self.simulated_share <= 1:
             raise ValueError(f"simulated_share must lie in [0, 1], got {self.simulated_share}")
         if self.simulated_share and self.reconstruction_weight:

@@ -26,12 +26,7 @@ from sana_sprint.training.loop import Objective
 from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup
 from sana_sprint.transformer.model import SanaTransformer2DModel
 from sana_sprint.trigflow.bridge import trigflow_velocity
-from sana_sprint.trigflow.consistency import (
-    consistency_tangent,
-    tangent_error,
-    velocity_and_derivative,
-    warmup_share,
-)
+from sana_sprint.trigflow.consistency import consistency_tangent, tangent_error, velocity_and_derivative
 from sana_sprint.trigflow.path import add_noise, predict_clean, velocity_target
 
 # Every projection of both attentions, and the 1x1 convolutions of the mix-FFN.
@@ -58,9 +53,6 @@ class LoraSettings:
     angles: AngleDistribution = field(default_factory=lambda: AngleDistribution(mean=0.0, std=1.6))
     # Those that will be drawn with. They are an input; the pictures are the goal at each of them.
     guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
-    # Steps in which the tangent's second part grows to its full. At first the pictures themselves are the goal at every
-    # angle: what is new in them is learned soon, and blurred where much is open; then it gets sharp.
-    tangent_warmup_steps: int = 0
     # Of the prior's loss, if there is a prior: 1 pulls back as hard as a picture pulls away.
     preservation_weight: float = 1.0
     # Share of the prior's examples that are pure noise, where every picture begins.
@@ -193,8 +185,7 @@ class LoraObjective(Objective[nn.ParameterList]):
         sample = add_noise(batch.clean, noise, angle)
         own_velocity = velocity_target(batch.clean, noise, angle)
         velocity, derivative = self._differentiate(sample, angle, batch, guidance, own_velocity)
-        warmup = warmup_share(draws.step, settings.tangent_warmup_steps)
-        tangent = consistency_tangent(sample, angle, velocity, own_velocity, derivative, warmup)
+        tangent = consistency_tangent(sample, angle, velocity, own_velocity, derivative, warmup=1.0)
         losses = {"consistency": tangent_error(velocity, tangent).mean()}
         loss = losses["consistency"]
         if self.prior is not None:

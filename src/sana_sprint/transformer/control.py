@@ -14,7 +14,7 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from sana_sprint.transformer.block import SanaTransformerBlock
-from sana_sprint.transformer.residuals import ControlSamples, EarlyResiduals, Placement
+from sana_sprint.transformer.residuals import ControlSamples, EarlyResiduals, Placement, scale_residuals
 from sana_sprint.transformer.trunk import SanaTrunk
 
 
@@ -193,8 +193,8 @@ class SanaControlNetModel(SanaTrunk):
         residuals = []
         for block, way_out in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
             tokens = self.run_block(block, tokens, inputs)
-            residuals.append(way_out(tokens) * scale)
-        samples: ControlSamples = tuple(residuals)
-        if self.base_block is not None:
-            samples = EarlyResiduals(tuple(residuals))
+            residuals.append(way_out(tokens))
+        samples: ControlSamples = tuple(residuals) if self.base_block is None else EarlyResiduals(tuple(residuals))
+        if isinstance(scale, torch.Tensor) or scale != 1:
+            samples = scale_residuals(samples, scale)
         return SanaControlNetOutput(controlnet_block_samples=samples) if return_dict else (samples,)

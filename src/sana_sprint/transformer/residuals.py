@@ -38,11 +38,11 @@ def residuals_by_block(samples: ControlSamples) -> dict[int, torch.Tensor]:
     return dict(enumerate(samples, start=1))
 
 
-def scale_residuals(samples: ControlSamples, scale: float) -> ControlSamples:
-    """Residuals times a factor.
+def scale_residuals(samples: ControlSamples, scale: float | torch.Tensor) -> ControlSamples:
+    """Residuals times a factor, or factors (B, 1, 1).
 
-    As a ControlNet's own `conditioning_scale` does it, but outside of its code, which compiled would be so anew for
-    every other number.
+    The result is always new memory. Pipelines do this outside of a ControlNet, which may be compiled: residuals leave
+    the memory that CUDA graphs write again so, and another factor compiles nothing anew.
     """
     if isinstance(samples, EarlyResiduals):
         return EarlyResiduals(tuple(sample * scale for sample in samples.samples))
