@@ -1,6 +1,6 @@
 """A LoRA for SANA-Sprint 0.6B from a few pictures, by the loss that keeps its few steps.
 
-No run at full size has chosen these settings; that of `scripts/teach_a_shape.py` has, on a small model.
+No run at full size has chosen these settings; a small model's are in `scripts/teach_a_shape.py`.
 """
 
 from sana_sprint.training.fine_tuning import LoraRecipe
