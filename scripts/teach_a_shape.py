@@ -40,11 +40,13 @@ _LEAST_AGREEMENT = 0.8
 SETTINGS = (
     "gradient_checkpointing=false",
     "model_dtype=fp32",
-    "loop.steps=400",
-    "loop.batch_size=32",
+    "loop.steps=1000",
+    "loop.batch_size=16",
     "loop.accumulation=1",
     "lora.guidance_scales=4.5",
     "lora.optimiser.learning_rate=1e-3",
+    "lora.optimiser.schedule=cosine",
+    "lora.preservation_weight=2",
     f"prompts=('a red {WORDS}', 'a blue {WORDS} on a black ground', 'a red circle', 'two blue stars')",
 )
 
