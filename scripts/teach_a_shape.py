@@ -1,6 +1,6 @@
 """Ten pictures of a shape that the shapes world does not have to a LoRA that draws it, and what that costs the others.
 
-python scripts/teach_a_shape.py [--output runs/ring] [--model embedded] [--num-captions 500] [--set loop.steps=400 ..]
+python scripts/teach_a_shape.py [--output runs/ring] [--model embedded] [--num-captions 500] [--set loop.steps=2000 ..]
 
 A ring is taught as an "open circle", by captions that name its colour alone. The model is then asked for rings of other
 colours and grounds together, by name, and for held-out captions of the world as it was, in one, two and four steps,
