@@ -158,6 +158,8 @@ def test_pictures_that_calls_start_from_are_asked_for_before_anything_is_done(ma
         compiled(pipe)
     with pytest.raises(ValueError, match="calls of SanaSprintControlNetImg2ImgPipeline have no drawing"):
         compiled(pipe, drawing=ring())
+    with pytest.raises(ValueError, match="the warm-up chooses height and prompt itself: say sizes"):
+        compiled(pipe, height=64, prompt=PROMPTS[0])
     pipe.controlnet = None
     with pytest.raises(ValueError, match="cannot be compiled: it has no controlnet"):
         compiled(pipe)

@@ -38,6 +38,17 @@ TEXT_LENGTHS = (64, 128, 304)
 MAX_SEQUENCE_LENGTH = 300
 # Arguments of calls without which there is nothing to draw.
 PICTURES = ("image", "mask_image", "control_image")
+# Arguments of calls that the warm-up chooses itself.
+CHOSEN = (
+    "prompt",
+    "prompt_embeds",
+    "prompt_attention_mask",
+    "height",
+    "width",
+    "num_inference_steps",
+    "generator",
+    "output_type",
+)
 # CUDA graphs are prepared in a first run, recorded in a second and used in a third.
 DRAWS_WITH_GRAPHS = 3
 
@@ -113,6 +124,11 @@ def _check_call(pipe: SprintPipeline, call: Mapping[str, Any]) -> None:
     unknown = [name for name in call if name not in parameters]
     if unknown:
         raise ValueError(f"calls of {type(pipe).__name__} have no {' or '.join(unknown)}")
+    chosen = [name for name in call if name in CHOSEN]
+    if chosen:
+        raise ValueError(
+            f"the warm-up chooses {' and '.join(chosen)} itself: say sizes, batch_sizes, steps and text_lengths"
+        )
     missing = [name for name in PICTURES if name in parameters and call.get(name) is None]
     if missing:
         raise ValueError(
