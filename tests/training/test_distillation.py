@@ -52,6 +52,16 @@ def test_the_student_starts_equal_to_its_teacher_at_every_guidance_scale(guidanc
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
+def test_student_and_fake_score_start_from_the_networks_that_are_given():
+    teacher, *given = (tiny_teacher() for _ in range(3))
+    for number, network in enumerate(given):
+        torch.nn.init.constant_(network.proj_out.bias, 1.0 + number)
+    settings = replace(SETTINGS, consistency_weight=0.0, adversarial_weight=0.0, matching_weight=1.0)
+    objective = Distillation(teacher, tiny_data(), settings, *given)
+    assert objective.student.proj_out.bias.unique().tolist() == [1.0]
+    assert objective.fake_score.proj_out.bias.unique().tolist() == [2.0]
+
+
 def test_a_new_guidance_embedding_learns_with_both_its_layers():
     objective = distillation(guidance_embeds=False)
     embedder = objective.student.time_embed.guidance_embedder

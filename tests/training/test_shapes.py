@@ -84,14 +84,15 @@ def test_a_stage_before_its_predecessor_names_what_is_missing(tmp_path):
         ShapesTraining(tmp_path, RECIPE).run(["flwo"])
 
 
-def test_the_student_is_distilled_in_two_stages_and_is_what_is_assembled(trained):
-    stages = ("guidance", "consistency", "distillation")
-    teacher, half, student = (load_file(trained / stage / "transformer" / WEIGHTS) for stage in stages)
+def test_the_student_is_distilled_in_three_stages_and_is_what_is_assembled(trained):
+    stages = ("guidance", "consistency", "distillation", "adversarial")
+    networks = [load_file(trained / stage / "transformer" / WEIGHTS) for stage in stages]
+    teacher, *_, student = networks
     assembled = load_file(trained / "checkpoint" / "transformer" / WEIGHTS)
     assert assembled.keys() == student.keys() == teacher.keys()
     assert all(torch.equal(assembled[name], weight.bfloat16()) for name, weight in student.items())
     # Two short steps apart each.
-    weights = [network["proj_out.weight"] for network in (teacher, half, student)]
+    weights = [network["proj_out.weight"] for network in networks]
     assert not any(torch.equal(before, after) for before, after in pairwise(weights))
 
 
@@ -292,7 +293,7 @@ def test_training_goes_on_from_a_checkpoint(trained, tmp_path):
     checkpoint = ShapesTraining(tmp_path, recipe, start=start).run()
     record = json.loads((checkpoint / "training.json").read_text())
     assert record["started_from"] == json.loads((start / "training.json").read_text())
-    assert list(record["losses"]) == ["flow", "guidance", "consistency", "distillation"]
+    assert list(record["losses"]) == ["flow", "guidance", "consistency", "distillation", "adversarial"]
     for part in (f"vae/{WEIGHTS}", "text_encoder/model.safetensors"):
         before, after = (load_file(folder / part) for folder in (start, checkpoint))
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

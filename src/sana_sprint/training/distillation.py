@@ -409,7 +409,7 @@ class DistillationLosses(Objective[N]):
 class Distillation(DistillationLosses[SanaTransformer2DModel]):
     """A transformer is the student.
 
-    It starts from the one that is given, or from the teacher; the network for the fakes' score from the teacher.
+    It and the network for the fakes' score start from those that are given, or from the teacher.
     """
 
     def __init__(
@@ -418,9 +418,12 @@ class Distillation(DistillationLosses[SanaTransformer2DModel]):
         data: LatentSource,
         settings: DistillationSettings,
         student: SanaTransformer2DModel | None = None,
+        fake_score: SanaTransformer2DModel | None = None,
     ) -> None:
-        fake_score = student_of(teacher) if settings.matching_weight else None
-        super().__init__(teacher, student_of(teacher if student is None else student), fake_score, data, settings)
+        student = student_of(teacher if student is None else student)
+        if settings.matching_weight:
+            fake_score = student_of(teacher if fake_score is None else fake_score)
+        super().__init__(teacher, student, fake_score, data, settings)
 
     def velocity(
         self,

@@ -171,4 +171,5 @@ def _shapes(recipe: ShapesRecipe) -> dict[str, Footprint]:
         "guidance": footprint(guidance, flow.guidance_loop),
         "consistency": footprint(student(recipe.consistency), recipe.consistency_loop),
         "distillation": footprint(student(recipe.distillation), recipe.distillation_loop),
+        "adversarial": footprint(student(recipe.adversarial), recipe.adversarial_loop),
     }

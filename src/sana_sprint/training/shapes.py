@@ -111,15 +111,29 @@ class ShapesTraining:
     def distillation(self) -> None:
         self._distil("distillation", "consistency", self.recipe.distillation, self.recipe.distillation_loop)
 
-    def _distil(self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings) -> None:
-        """Train the student that the stage before has left."""
+    def adversarial(self) -> None:
+        fake_score = SanaTransformer2DModel.from_pretrained(self._result("distillation", "fake_score"))
+        self._distil("adversarial", "distillation", self.recipe.adversarial, self.recipe.adversarial_loop, fake_score)
+
+    def _distil(
+        self,
+        stage: str,
+        before: str,
+        settings: DistillationSettings,
+        loop: LoopSettings,
+        fake_score: SanaTransformer2DModel | None = None,
+    ) -> None:
+        """Train the student that the stage before has left; keep it, and the network for the fakes' score."""
         teacher, student = (
             SanaTransformer2DModel.from_pretrained(self._result(name, "transformer")) for name in ("guidance", before)
         )
         # The discriminator is drawn at random.
         torch.manual_seed(loop.seed)
-        objective = Distillation(teacher, self.flow_data().to(self.device), settings, student)
-        self._keep(stage, transformer=train(objective, loop, self._run(stage), stage, self.device))
+        objective = Distillation(teacher, self.flow_data().to(self.device), settings, student, fake_score)
+        results = {"transformer": train(objective, loop, self._run(stage), stage, self.device)}
+        if objective.fake_score is not None:
+            results["fake_score"] = objective.fake_score
+        self._keep(stage, **results)
 
     def assemble(self) -> None:
         """Write the checkpoint in diffusers layout, in bfloat16, with a record of how it was made."""
@@ -136,7 +150,7 @@ class ShapesTraining:
         partial = self.folder / "checkpoint.partial"
         shutil.rmtree(partial, ignore_errors=True)
         transformer = SanaTransformer2DModel.from_pretrained(
-            self._result("distillation", "transformer"), torch_dtype=torch.bfloat16
+            self._result("adversarial", "transformer"), torch_dtype=torch.bfloat16
         )
         save_network(transformer, partial / "transformer")
         save_network(self._vae("decoder", torch.bfloat16), partial / "vae")

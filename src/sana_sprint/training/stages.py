@@ -8,5 +8,6 @@ STAGES = (
     "guidance",
     "consistency",
     "distillation",
+    "adversarial",
     "assemble",
 )

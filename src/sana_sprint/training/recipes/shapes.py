@@ -92,7 +92,8 @@ def _consistency_settings() -> DistillationSettings:
     optimiser = OptimiserSettings(
         learning_rate=4e-4, matrix_learning_rate=1.2e-3, warmup_steps=50, weight_decay=0.0, clip_norm=1.0
     )
-    # LADD costs as much again as sCM, and gained nothing in the steps that two CPU cores allow: docs/training.md.
+    # LADD costs as much again as sCM, and gains nothing beside it in the steps that two CPU cores allow:
+    # docs/training.md.
     return DistillationSettings(
         student=optimiser,
         discriminator=replace(optimiser, learning_rate=1e-3, betas=(0.5, 0.99), clip_norm=10.0, schedule="constant"),
@@ -118,6 +119,17 @@ def _distillation_settings() -> DistillationSettings:
     )
 
 
+def _adversarial_settings() -> DistillationSettings:
+    settings = _distillation_settings()
+    return replace(
+        settings,
+        # The heads are new, and have to know something before the student learns from them.
+        student=replace(settings.student, warmup_steps=150),
+        discriminator=replace(settings.discriminator, warmup_steps=20),
+        adversarial_weight=0.5,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShapesRecipe:
     """All settings of the embedded checkpoint's last round."""
@@ -137,6 +149,10 @@ class ShapesRecipe:
     distillation_loop: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=3000, batch_size=64, ema_decay=0.995, seed=21)
     )
+    adversarial: DistillationSettings = field(default_factory=_adversarial_settings)
+    adversarial_loop: LoopSettings = field(
+        default_factory=lambda: LoopSettings(steps=2200, batch_size=64, ema_decay=0.995, seed=33)
+    )
 
 
 RECIPE = ShapesRecipe()
@@ -153,7 +169,8 @@ def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: i
 
     def briefly(settings: DistillationSettings) -> DistillationSettings:
         student, fake_score = at_once(settings.student), at_once(settings.fake_score)
-        return replace(settings, student=student, fake_score=fake_score, compile=False)
+        discriminator = at_once(settings.discriminator)
+        return replace(settings, student=student, fake_score=fake_score, discriminator=discriminator, compile=False)
 
     autoencoder, language, flow = recipe.autoencoder, recipe.language, recipe.flow
     return replace(
@@ -180,4 +197,6 @@ def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: i
         consistency_loop=fewer(recipe.consistency_loop),
         distillation=briefly(recipe.distillation),
         distillation_loop=fewer(recipe.distillation_loop),
+        adversarial=briefly(recipe.adversarial),
+        adversarial_loop=fewer(recipe.adversarial_loop),
     )
