@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sana_sprint.cli.arguments import NO_CONTROL
 from sana_sprint.cli.inputs import Input, choose_input
-from sana_sprint.cli.model import EMBEDDED, Model, digest, is_hub_id
+from sana_sprint.cli.model import EMBEDDED, Model, digest, find_folder
 from sana_sprint.cli.records import InputFile, Settings
 
 if TYPE_CHECKING:
@@ -104,21 +104,18 @@ def find_controlnet(name: str) -> Model:
 
     Raises ValueError if a folder holds no ControlNet and OSError if there is no such folder or ControlNet.
     """
-    if name == EMBEDDED:
+
+    def embedded() -> Path:
         from sana_sprint.assets import embedded_controlnet
 
-        folder = embedded_controlnet()
-    elif Path(name).expanduser().exists():
-        folder = Path(name).expanduser()
-    elif is_hub_id(name):
+        return embedded_controlnet()
+
+    def fetch() -> str:
         from huggingface_hub import snapshot_download
 
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS]))
-        except OSError as error:
-            raise OSError(f"there is no folder {name}, and the hub gave no such ControlNet: {error}") from error
-    else:
-        raise FileNotFoundError(f"no folder {name}; --controlnet takes a ControlNet's folder or a hub id")
+        return snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS])
+
+    folder = find_folder(name, "--controlnet", "ControlNet", embedded, fetch)
     _check_is_controlnet(name, folder / _CONFIG)
     return Model(name=name, folder=folder, fingerprint=digest([folder / _CONFIG, *sorted(folder.glob(_WEIGHTS))]))
 

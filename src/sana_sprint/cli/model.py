@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,27 +60,48 @@ def find_model(name: str) -> Model:
 
     Raises ValueError if a folder holds no pipeline and OSError if there is no such folder or model.
     """
-    if name == EMBEDDED:
+
+    def embedded() -> Path:
         from sana_sprint.assets import embedded_checkpoint
 
-        folder = embedded_checkpoint()
-    elif Path(name).expanduser().exists():
-        folder = Path(name).expanduser()
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{name} is no pipeline folder: it holds no model_index.json")
-    elif is_hub_id(name):
+        return embedded_checkpoint()
+
+    def fetch() -> str:
         from sana_sprint import SanaSprintPipeline
 
-        try:
-            folder = Path(SanaSprintPipeline.download(name))
-        except OSError as error:
-            raise OSError(f"there is no folder {name}, and the hub gave no such model: {error}") from error
-    else:
-        raise FileNotFoundError(f"no folder {name}; --model takes a pipeline folder or a hub id such as owner/name")
+        return SanaSprintPipeline.download(name)
+
+    folder = find_folder(name, "--model", "model", embedded, fetch)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{name} is no pipeline folder: it holds no model_index.json")
     return Model(name=name, folder=folder, fingerprint=fingerprint(folder))
 
 
-def is_hub_id(name: str) -> bool:
+def find_folder(
+    name: str, option: str, kind: str, embedded: Callable[[], Path], fetch: Callable[[], str | Path]
+) -> Path:
+    """The folder behind the value of an option: `embedded`, a folder, or the id of what is on the hub.
+
+    Args:
+        name: the value.
+        option, kind: the option and what it takes, for messages.
+        embedded, fetch: give the folder of what is embedded, and of what the hub has by that id.
+
+    Raises OSError if there is no such folder and the hub has nothing by that name.
+    """
+    if name == EMBEDDED:
+        return embedded()
+    if Path(name).expanduser().exists():
+        return Path(name).expanduser()
+    if not _is_hub_id(name):
+        raise FileNotFoundError(f"no folder {name}; {option} takes a {kind}'s folder or a hub id such as owner/name")
+    try:
+        return Path(fetch())
+    except OSError as error:
+        raise OSError(f"there is no folder {name}, and the hub gave no such {kind}: {error}") from error
+
+
+def _is_hub_id(name: str) -> bool:
     """Whether a name that is no path here can be a repository's on the hub: owner/name."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
