@@ -62,6 +62,7 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: d
         "guidance": ("flow", "guidance"),
         "consistency": ("consistency",),
         "distillation": ("distillation",),
+        "adversarial": ("adversarial",),
     }
     seeds = {"pictures": recipe["pool_seed"]}
     seeds |= {name: loop_of(recipe, *loops[name])["seed"] for name in ("autoencoder", "decoder", "language")}
