@@ -14,7 +14,18 @@ from sana_sprint.shapes.captions import (
     parse,
     unknown_words,
 )
-from sana_sprint.shapes.scenes import CATEGORIES, COLOURS, GROUNDS, KINDS, Request, Thing, complete, draw_request
+from sana_sprint.shapes.scenes import (
+    CATEGORIES,
+    COLOURS,
+    GROUNDS,
+    KINDS,
+    Placed,
+    Request,
+    Scene,
+    Thing,
+    complete,
+    draw_request,
+)
 
 RED_CIRCLE, BLUE_SQUARE = Thing("circle", "red"), Thing("square", "blue")
 
@@ -178,12 +189,27 @@ def test_captions_of_colours_name_the_colours_and_the_ground_and_nothing_else():
         words = re.findall("[a-z]+", caption)
         synonyms = {"violet": "purple", "turquoise": "cyan", "gray": "grey"}
         named = [synonyms.get(word, word) for word in words]
-        shapes = sorted(scene.shapes, key=lambda shape: shape.x)
-        assert [word for word in named if word in COLOURS] == list(dict.fromkeys(shape.colour for shape in shapes))
+        assert set(named) & set(COLOURS) == {shape.colour for shape in scene.shapes}
         assert [word for word in named if word in GROUNDS] == [scene.ground]
         assert not unknown_words(caption)
         assert not nouns & set(words)
         assert not set(words) & {"left", "right", "above", "below", "two", "three", "small", "large"}
+
+
+@pytest.mark.parametrize(
+    ("places", "order"),
+    [
+        ({"red": (0.7, 0.5), "blue": (0.3, 0.4)}, ["blue", "red"]),
+        # Hardly further left, but well above.
+        ({"red": (0.49, 0.8), "blue": (0.5, 0.2)}, ["blue", "red"]),
+        ({"red": (0.5, 0.2), "blue": (0.49, 0.8)}, ["red", "blue"]),
+        ({"red": (0.2, 0.5), "green": (0.8, 0.4), "blue": (0.5, 0.7)}, ["red", "blue", "green"]),
+    ],
+)
+def test_captions_of_colours_go_along_the_line_of_the_shapes(places, order):
+    shapes = tuple(Placed("circle", colour, "large", x, y, 0.1) for colour, (x, y) in places.items())
+    words = re.findall("[a-z]+", describe_colours(Scene("white", shapes), np.random.default_rng(6)))
+    assert [word for word in words if word in COLOURS] == order
 
 
 def test_one_caption_of_colours_in_32_is_held_out_and_every_content_is_trained_on():

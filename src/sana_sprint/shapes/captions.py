@@ -9,7 +9,7 @@ from dataclasses import astuple
 
 import numpy as np
 
-from sana_sprint.shapes.scenes import COLOURS, GROUNDS, KINDS, Request, Scene, Thing, choose
+from sana_sprint.shapes.scenes import COLOURS, GROUNDS, KINDS, Placed, Request, Scene, Thing, choose
 
 # In every list the first wording is the usual one; the others are for those who write differently.
 _KIND_WORDS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -117,13 +117,20 @@ def describe(request: Request, rng: np.random.Generator) -> str:
     return caption
 
 
+def _in_line(shapes: Sequence[Placed]) -> list[Placed]:
+    """From left to right where they spread further across, from the top down where they spread further down."""
+    axes = ([shape.x for shape in shapes], [shape.y for shape in shapes])
+    places = max(axes, key=lambda axis: max(axis) - min(axis))
+    return [shape for _, shape in sorted(zip(places, shapes), key=lambda pair: pair[0])]
+
+
 def describe_colours(scene: Scene, rng: np.random.Generator) -> str:
     """A caption that names a scene's colours only, in a wording drawn at random: "red and blue on a white ground".
 
-    Each colour of a shape comes once, those further left first, and the ground before or behind them. It is for
+    Each colour of a shape comes once, in the order of `_in_line`, and the ground before or behind them. It is for
     pictures whose shapes are given otherwise, as by their edges; `parse` cannot read it.
     """
-    colours = dict.fromkeys(shape.colour for shape in sorted(scene.shapes, key=lambda shape: shape.x))
+    colours = dict.fromkeys(shape.colour for shape in _in_line(scene.shapes))
     named = _pick(rng, _COLOUR_JOINTS).join(_pick(rng, _COLOUR_WORDS[colour]) for colour in colours)
     named = f"{_pick(rng, _PREFIXES)} {named}".strip()
     ground = _pick(rng, _COLOUR_WORDS[scene.ground])
