@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sana_sprint.conditioning import networks
@@ -39,8 +40,28 @@ def test_without_controlnet_aux_the_error_names_the_extra(name, monkeypatch):
         control_named(name)(Image.new("RGB", (8, 8)))
 
 
-def test_what_a_network_finds_has_the_size_of_the_picture():
+@pytest.fixture
+def random_networks(tmp_path, monkeypatch):
+    """A folder of weights as on the hub, at random, in the place of those."""
     hed = pytest.importorskip("controlnet_aux.hed", reason="controlnet_aux is not installed")
-    detector = hed.HEDdetector(hed.ControlNetHED_Apache2())  # of random weights
-    found = networks.detect(detector, Image.new("L", (100, 70), 255))
-    assert (found.size, found.mode) == ((100, 70), "RGB")
+    midas = pytest.importorskip("controlnet_aux.midas.midas.dpt_depth")
+    torch.save(hed.ControlNetHED_Apache2().state_dict(), tmp_path / "ControlNetHED.pth")
+    depth = midas.DPTDepthModel(path=None, backbone="vitb_rn50_384", non_negative=True)
+    torch.save(depth.state_dict(), tmp_path / "dpt_hybrid-midas-501f0c75.pt")
+    monkeypatch.setattr(networks, "WEIGHTS", str(tmp_path))
+    networks._detector.cache_clear()
+    yield
+    networks._detector.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["depth", "hed"])
+def test_what_a_network_finds_has_the_size_of_the_picture_and_comes_without_a_word(
+    name, random_networks, recwarn, capfd
+):
+    picture = Image.linear_gradient("L")
+    for size in ((100, 70), (64, 64), (700, 900)):
+        found = control_named(name)(picture.resize(size))
+        assert (found.size, found.mode) == (size, "RGB")
+    # Random weights may find no depth at all, and MiDaS divides by how much it differs: a RuntimeWarning.
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning | FutureWarning)]
+    assert capfd.readouterr() == ("", "")

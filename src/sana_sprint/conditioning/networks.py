@@ -1,5 +1,6 @@
 """A picture to its depth or its soft edges, by networks of controlnet_aux."""
 
+import warnings
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -17,11 +18,14 @@ MIN_SIDE = 64
 
 @cache
 def _detector(name: str) -> Any:
-    try:
-        module = import_module("controlnet_aux")
-    except ImportError as error:
-        raise ImportError("depth and hed need controlnet_aux: pip install 'sana-sprint[control]'") from error
-    return getattr(module, name).from_pretrained(WEIGHTS)
+    # It warns of what its other detectors need, and of old names of models.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module = import_module("controlnet_aux")
+        except ImportError as error:
+            raise ImportError("depth and hed need controlnet_aux: pip install 'sana-sprint[control]'") from error
+        return getattr(module, name).from_pretrained(WEIGHTS)
 
 
 def detect(detector: Any, picture: Picture) -> Image.Image:
