@@ -45,7 +45,7 @@ class ShapesControlRecipe:
     )
     distillation: DistillationSettings = field(default_factory=_distillation_settings)
     distillation_loop: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=640, batch_size=64, ema_decay=0.995, seed=31)
+        default_factory=lambda: LoopSettings(steps=1000, batch_size=64, ema_decay=0.995, seed=31)
     )
 
 
