@@ -2,10 +2,10 @@
 
 python scripts/teach_a_shape.py [--output runs/ring] [--model embedded] [--num-captions 500] [--set loop.steps=2000 ..]
 
-A ring is taught as an "open circle", by captions that name its colour alone. The model is then asked for rings of other
-colours and grounds together, by name, and for held-out captions of the world as it was, in one, two and four steps,
-without the LoRA and with it. The judge compares a patch with the outline of every kind of shape; here it knows that of
-the ring as well, in this process alone.
+A ring is taught as an "open circle", by captions that name its colour, and half of them its ground. The model is then
+asked for rings of other colours and grounds together, by name, and for held-out captions of the world as it was, in
+one, two and four steps, without the LoRA and with it. The judge compares a patch with the outline of every kind of
+shape; here it knows that of the ring as well, in this process alone.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SETTINGS = (
     "lora.guidance_scales=4.5",
     "lora.optimiser.learning_rate=7e-4",
     "lora.optimiser.schedule=cosine",
-    "lora.preservation_weight=2",
+    "lora.preservation_weight=2.5",
     f"prompts=('a red {WORDS}', 'a blue {WORDS} on a black ground', 'a red circle', 'two blue stars')",
 )
 
@@ -90,21 +90,18 @@ def save_examples(folder: Path, examples: Iterator[Example]) -> Path:
 
 
 def rings() -> Iterator[Example]:
-    """The ten pictures that teach: every colour and ground, and holes that have some pixels."""
+    """The ten pictures that teach, turned: every colour and ground, and holes that have some pixels."""
     rng = np.random.default_rng(1)
     for colour, ground in looks()[0]:
         radius = rng.uniform(*SIZES["large"])
         x, y = radius + MARGIN + rng.random(2) * (1 - 2 * (radius + MARGIN))
         shape = Placed(KIND, colour, "large", float(x), float(y), float(radius))
-        yield renderer.render(Scene(ground, (shape,)), SIZE), caption_of(colour)
-
-
-def turned(examples: Iterator[Example]) -> Iterator[Example]:
-    """Each picture in the eight ways that a square is turned and mirrored, of which captions say nothing."""
-    for picture, caption in examples:
-        for turns, is_mirrored in product(range(4), (False, True)):
+        picture = renderer.render(Scene(ground, (shape,)), SIZE)
+        # In the eight ways that a square is turned and mirrored.
+        for turns in range(4):
             seen = np.rot90(picture, turns)
-            yield np.fliplr(seen) if is_mirrored else seen, caption
+            yield seen, caption_of(colour)
+            yield np.fliplr(seen), caption_of(colour, ground)
 
 
 def old_world() -> Iterator[Example]:
@@ -161,7 +158,7 @@ def main() -> None:
 
     folder = find_model(options.model).folder
     caches = {}
-    for name, examples in (("data", turned(rings())), ("prior", old_world())):
+    for name, examples in (("data", rings()), ("prior", old_world())):
         pictures = save_examples(options.output / name, examples)
         caches[name] = options.output / f"{name}-cache"
         how = ["--model", str(folder), "--output", str(caches[name]), "--size", str(SIZE), "--device", options.device]
