@@ -21,7 +21,7 @@ from torch import nn
 from sana_sprint.autoencoder import resample, strips
 from sana_sprint.autoencoder.resample import DoublingConv2d, channels_to_space, nearest_double, repeat_channels
 from sana_sprint.bench import cases
-from sana_sprint.bench.cases import CASES, Runs
+from sana_sprint.bench.cases import CASES, Case, Runs
 from sana_sprint.bench.machine import describe
 from sana_sprint.bench.measure import measure
 from sana_sprint.bench.spread import ratios, spread
@@ -89,9 +89,8 @@ SIZES = {"step": 1024}
 SIZE = 512
 
 
-def runs_of(idea: Idea, pair: Pair, size: Workload, seed: int) -> Runs:
+def runs_of(idea: Idea, case: Case, pair: Pair, size: Workload, seed: int) -> Runs:
     """With the idea, and without."""
-    (case,) = (case for case in CASES if case.name == idea.case)
     with_it = case.build(pair, size, seed)
     with idea.undone(pair.ours):
         without = case.build(pair, size, seed)
@@ -117,9 +116,9 @@ def main() -> None:
     print("| idea | case | without it | with it | times faster with it | memory, with it : without | error |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for idea in IDEAS:
-        (networks,) = (case.networks for case in CASES if case.name == idea.case)
+        (case,) = (case for case in CASES if case.name == idea.case)
         side = SIZES.get(idea.case, SIZE)
-        runs = runs_of(idea, twins.pair(networks), Workload(height=side, width=side), options.seed)
+        runs = runs_of(idea, case, twins.pair(case.networks), Workload(height=side, width=side), options.seed)
         measured = measure(runs, options.rounds, device)
         with_it, without = measured.ours, measured.theirs
         assert without is not None
