@@ -54,6 +54,7 @@ setup(
         # controlnet-aux needs a torchvision that fits the torch that is installed.
         "control": ["controlnet-aux>=0.0.10", "opencv-python-headless>=4.10"],
         "lora": ["peft>=0.17"],
+        "float8": ["torchao>=0.18"],
         # torch-fidelity needs a torchvision that fits the torch that is installed.
         "evaluation": ["torch-fidelity>=0.4"],
         "train": ["matplotlib>=3.9", "tensorboard>=2.18", "webdataset>=1.0"],
@@ -64,6 +65,7 @@ setup(
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "torchao>=0.18",
         ],
     },
     entry_points={"console_scripts": ["sana-sprint = sana_sprint.cli.main:main"]},

@@ -69,11 +69,16 @@ QUANTISERS = {
 # diffusers recognises what it may load by base classes that it looks up beside the component's own class.
 _BASE_CLASSES = ("ModelMixin", "SchedulerMixin")
 
-# What bitsandbytes logs as warnings without anything being wrong, by its loggers: that a package is missing which it
-# does not need, once; and that products in int8 start from float16, at every product of an 8-bit model.
+# What bitsandbytes and torchao log as warnings without anything being wrong, by its loggers: that a package is missing
+# which is not needed, once; that products in int8 start from float16, at every product of an 8-bit model; and, where
+# diffusers finds torchao and imports it, that it has kernels for another processor, an enumeration for an older torch,
+# and no longer the tensors of older checkpoints in pickled files.
 _NOTICES = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+    "torchao": "Failed to load ",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+    "torch.utils._pytree": "%s is an Enum subclass and is now natively supported",
 }
 
 _lock = threading.RLock()
@@ -84,7 +89,7 @@ def _is_no_notice(record: logging.LogRecord) -> bool:
 
 
 def silence_notices() -> None:
-    """Keep two messages of bitsandbytes off the screen, and nothing else. To call it again does nothing."""
+    """Keep the messages of `_NOTICES` off the screen, and nothing else. To call it again does nothing."""
     for name in _NOTICES:
         logging.getLogger(name).addFilter(_is_no_notice)
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from sana_sprint.bench.agreement import BOUNDS, FLOAT8_BOUND
 from sana_sprint.bench.cases import CASES, Case, Runs
 from sana_sprint.bench.needs import Needs
 from sana_sprint.bench.session import Session, jobs_of
 from sana_sprint.memory.stages import Workload
+from sana_sprint.quantisation import float8
 
 QUIET = len  # takes a line and does nothing with it
 
@@ -87,6 +89,20 @@ def test_compiled_steps_agree_and_their_memory_is_not_known(make_settings, case,
     assert row.agrees
     assert row.measured.ours.counts.operations > 0
     assert row.measured.ours.counts.peak_bytes is None
+
+
+def test_float8_rounds_our_transformer_alone_and_its_error_is_shown(make_settings, case):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    step, decode = rows_of(make_settings(cases=(case("step"), case("decode")), float8=True))
+    assert step.agrees
+    assert BOUNDS[torch.float32] < step.measured.agreement.relative_error < FLOAT8_BOUND
+    assert decode.measured.agreement.holds(BOUNDS[torch.float32])
+
+
+def test_float8_without_torchao_is_refused_at_once(make_settings, monkeypatch):
+    monkeypatch.setattr(float8, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="float8 needs torchao"):
+        make_settings(float8=True)
 
 
 def test_sizes_without_cells_are_refused(make_settings):

@@ -61,6 +61,16 @@ def test_results_that_differ_are_printed_and_the_command_fails(capsys, monkeypat
     assert captured.err.splitlines()[-1].startswith("sana-sprint: error: ")
 
 
+def test_float8_is_told_of_in_title_and_document(capsys):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    assert main([*SMALL, "--cases", "step", "--float8"]) == 0
+    captured = capsys.readouterr()
+    title, *_, document = captured.out.splitlines()
+    assert "our transformer in float8 (weights alone: products are slower)" in title
+    assert json.loads(document)["float8"] is True
+    assert all("float8" in line or line.startswith(("[", "quick")) for line in captured.err.splitlines())
+
+
 def test_the_choices_are_those_of_the_library():
     assert set(bench._CASES) == set(GROUPS)
     assert set(bench._STEPS) == {case.steps for case in CASES if case.group == "picture"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from control_calls import ring
 from diffusers import FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
 from tiny_control import open_control
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
@@ -21,6 +22,7 @@ from sana_sprint import (
 )
 from sana_sprint.pipelines.clock import clock_for
 from sana_sprint.pipelines.coding import _in_small_parts
+from sana_sprint.quantisation import float8
 from sana_sprint.trigflow.scheduler import INTERMEDIATE_TIMESTEPS, MAX_TIMESTEPS
 
 ASTRONAUT = "a tiny astronaut hatching from an egg on the moon"
@@ -117,6 +119,32 @@ def test_blocks_alone_draw_the_same_and_a_batch_is_warm(tiny_pipeline_parts, pip
     with dynamo_config.patch(error_on_recompile=True):
         found = drawn(ours, prompts, 2)
     assert_close(found, drawn(pipe, prompts, 2), **CLOSE)
+
+
+def test_float8_rounds_the_transformer_and_says_so(tiny_pipeline_parts, pipe, caplog):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    ours = own_pipeline(tiny_pipeline_parts)
+    with caplog.at_level(logging.INFO, "sana_sprint.pipelines.compiling"):
+        compiled(ours, float8=True, text_lengths=LENGTHS[:1])
+        compiled(ours, float8=True, text_lengths=LENGTHS[:1])
+    assert caplog.text.count("transformer: products in float8, which are rounded") == 1
+    found, expected = (drawn(one, PROMPTS[0], 2) for one in (ours, pipe))
+    assert not torch.equal(found, expected)
+    assert_close(found, expected, atol=0.1, rtol=0)
+    with pytest.raises(ValueError, match=r"transformer is compiled already, with .*float8=True.*\(load it anew\)"):
+        compiled(ours)
+
+
+def test_float8_is_refused_beside_adapters_and_without_torchao(tiny_pipeline_parts, monkeypatch):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    pipe = own_pipeline(tiny_pipeline_parts)
+    pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"transformer has adapters, .* unload_lora_weights\(\)"):
+        compiled(pipe, float8=True)
+    monkeypatch.setattr(float8, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"sana-sprint\[float8\]"):
+        compiled(pipe, float8=True)
+    assert pipe.transformer._compiled_call_impl is None
 
 
 def test_more_shapes_than_torch_compiles_by_itself_are_warm(tiny_pipeline_parts):

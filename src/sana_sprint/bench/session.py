@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sana_sprint.bench.agreement import bound_for
+from sana_sprint.bench.agreement import FLOAT8_BOUND, bound_for
 from sana_sprint.bench.cases import Case
 from sana_sprint.bench.measure import measure
 from sana_sprint.bench.needs import Needs
@@ -15,6 +15,7 @@ from sana_sprint.bench.twins import Pair, Twins
 from sana_sprint.memory.configs import PipelineConfigs
 from sana_sprint.memory.loading import budget_of
 from sana_sprint.memory.stages import Workload
+from sana_sprint.quantisation.float8 import check_float8
 from sana_sprint.sizes import readable_bytes
 
 
@@ -30,11 +31,13 @@ class Settings:
         dtype, device: of all networks.
         rounds: how often each side is timed.
         compiles: whether transformers and decoders are compiled, on both sides.
+        float8: whether the products of our transformer are in float8.
         seed: of weights and noise.
         memory: bytes of the device; None is what is free.
 
     Raises:
         ValueError: for a size that the networks have no cells for.
+        ImportError: for float8 without torchao.
     """
 
     models: dict[str, PipelineConfigs]
@@ -45,10 +48,13 @@ class Settings:
     device: torch.device
     rounds: int
     compiles: bool = False
+    float8: bool = False
     seed: int = 0
     memory: int | None = None
 
     def __post_init__(self) -> None:
+        if self.float8:
+            check_float8()
         for width, height in self.sizes:
             if width % 32 or height % 32:
                 raise ValueError(f"width and height must be multiples of 32 pixels, got {width}x{height}")
@@ -128,7 +134,8 @@ class Session:
         remark = None
         if measured.theirs is None:
             remark = f"without diffusers: {shortage or measured.failure or 'it has no such thing'}"
-        bound = bound_for(settings.dtype, settings.device)
+        is_rounded = settings.float8 and "transformer" in networks
+        bound = FLOAT8_BOUND if is_rounded else bound_for(settings.dtype, settings.device)
         agrees = measured.agreement is None or measured.agreement.holds(bound)
         return job.row._replace(measured=measured, agrees=agrees, remark=remark)
 
@@ -148,6 +155,7 @@ class Session:
                 device=settings.device,
                 seed=settings.seed,
                 compiles=settings.compiles,
+                float8=settings.float8,
             )
             self._twins = job.model, twins
         return self._twins[1].pair(job.case.networks)

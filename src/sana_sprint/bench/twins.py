@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer, Gemma2Config
 from sana_sprint.assets import embedded_checkpoint
 from sana_sprint.memory.configs import PUBLISHED, PipelineConfigs, read_configs
 from sana_sprint.plugin import CLASSES
+from sana_sprint.quantisation.float8 import quantise_to_float8
 
 Family = Literal["ours", "theirs"]
 
@@ -104,6 +105,7 @@ class Twins:
         dtype, device: of the weights, which the two networks of a name share in memory.
         seed: of the weights.
         compiles: whether transformers and decoders are compiled, on both sides.
+        float8: whether the products of our transformer are in float8; its weights are then its own.
     """
 
     configs: PipelineConfigs
@@ -111,6 +113,7 @@ class Twins:
     device: torch.device
     seed: int
     compiles: bool = False
+    float8: bool = False
 
     def __post_init__(self) -> None:
         self._networks: dict[str, Pair] = {}
@@ -150,6 +153,8 @@ class Twins:
         fill(ours, self.dtype, self.device, self.seed)
         theirs.load_state_dict(ours.state_dict(), assign=True)
         theirs.requires_grad_(False).to(self.device)
+        if self.float8 and name == "transformer":
+            quantise_to_float8(ours)
         if self.compiles:
             for network in (ours, theirs):
                 (network.decoder if name == "vae" else network).compile()

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dtype", choices=DTYPES, default="auto", help="(auto: bfloat16 on CUDA, else float32)")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA, else the CPU)")
     how.add_argument("--compile", action="store_true", help="transformers and decoders by torch.compile, on both sides")
+    how.add_argument(
+        "--float8", action="store_true", help="our transformer's products in float8 (torchao); this rounds"
+    )
     how.add_argument("--rounds", type=whole_number(1), metavar="N", help="how often each side is timed (5)")
     how.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of weights and noise (%(default)s)")
     how.add_argument("--output", type=Path, metavar="DIR", help="write bench.json and a plot, bench.png, too")
@@ -80,6 +83,7 @@ def read_settings(options: argparse.Namespace) -> "Settings":
         device=device,
         rounds=options.rounds,
         compiles=options.compile,
+        float8=options.float8,
         seed=options.seed,
     )
 
@@ -110,16 +114,26 @@ def run(options: argparse.Namespace) -> int:
 def _measure(settings: "Settings", is_quick: bool) -> "tuple[str, list[Row], dict[str, Any]]":
     from sana_sprint.bench import machine, report
     from sana_sprint.bench.session import Session
+    from sana_sprint.quantisation.float8 import multiplies_in_float8
 
     about = machine.describe(settings.device)
     dtype = str(settings.dtype).removeprefix("torch.")
     title = f"{about['name']}, {about['threads']} threads, {dtype}{', compiled' * settings.compiles}"
+    if settings.float8:
+        products = "products" if multiplies_in_float8(settings.device) else "weights alone: products are slower"
+        title += f", our transformer in float8 ({products})"
     if is_quick:
         title += "\nquick: tiny networks, which say nothing of the times of the published ones"
     _say(title)
     peak = machine.peak_speed(settings.dtype, settings.device, is_quick)
     rows = list(Session(settings, _say).rows())
-    about_run = {"dtype": dtype, "compiled": settings.compiles, "rounds": settings.rounds, "seed": settings.seed}
+    about_run = {
+        "dtype": dtype,
+        "compiled": settings.compiles,
+        "float8": settings.float8,
+        "rounds": settings.rounds,
+        "seed": settings.seed,
+    }
     return title, rows, report.document(rows, peak, quick=is_quick, machine=about, **about_run)
 
 

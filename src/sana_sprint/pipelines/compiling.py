@@ -17,6 +17,7 @@ from torch import nn
 from sana_sprint.pipelines.base import SprintPipeline
 from sana_sprint.pipelines.checks import check_choice, whole_number
 from sana_sprint.pipelines.scales import weight_bits
+from sana_sprint.quantisation.float8 import check_float8, quantise_to_float8
 from sana_sprint.text.cache import Reading
 from sana_sprint.text.prefix import Reader, read_behind
 from sana_sprint.transformer.multi_control import SanaMultiControlNetModel
@@ -60,6 +61,7 @@ class Settings:
     mode: str
     regional: bool
     backend: str | Callable[..., Any]
+    float8: bool
 
     def options(self, device: torch.device, is_whole: bool = True) -> dict[str, Any]:
         """What to tell torch.compile about a network on a device, or about a part of one."""
@@ -114,6 +116,8 @@ def _obstacles(pipe: SprintPipeline, settings: Settings) -> Iterator[str]:
     for name, part in _parts(pipe).items():
         if settings.regional and name != "vae.decoder" and not _has_regions(part):
             yield f"{name} is of diffusers' class, which has no block to compile alone (regional=False)"
+        if settings.float8 and name == "transformer" and part not in _compiled and getattr(part, "peft_config", None):
+            yield f"{name} has adapters, which would be rounded too (fuse_lora(), then unload_lora_weights())"
         if _compiled.get(part, settings) != settings:
             yield f"{name} is compiled already, with {_compiled[part]} (load it anew)"
 
@@ -151,6 +155,9 @@ def _compile_networks(pipe: SprintPipeline, settings: Settings) -> None:
         if part in _compiled:
             logger.info("%s is compiled already", name)
             continue
+        if settings.float8 and name == "transformer":
+            quantise_to_float8(part)
+            logger.info("%s: products in float8, which are rounded", name)
         is_whole = not (settings.regional and _has_regions(part))
         options = settings.options(pipe.device_of(name.partition(".")[0]), is_whole)
         (part.compile if is_whole else part.compile_repeated_blocks)(**options)
@@ -241,10 +248,11 @@ def compile_pipeline(
     text_lengths: Sequence[int] = TEXT_LENGTHS,
     mode: str = "reduce-overhead",
     regional: bool = False,
+    float8: bool = False,
     backend: str | Callable[..., Any] = "inductor",
     **call: Any,
 ) -> Pipeline:
-    """Prepare a pipeline for calls of low latency; the pictures stay the same up to float rounding.
+    """Prepare a pipeline for calls of low latency; without float8 the pictures stay the same up to float rounding.
 
     Compiles the reading of prompts behind an instruction, the transformer, ControlNets and the decoder, puts weights of
     convolutions into channels-last memory, and draws once what is to be drawn later, so that no later call like it
@@ -268,6 +276,8 @@ def compile_pipeline(
             "max-autotune-no-cudagraphs" without. There are no graphs outside of CUDA.
         regional: Compile the block of the transformer, and of ControlNets, once and not all of them as a whole: in a
             fraction of the time, for code without CUDA graphs.
+        float8: Round the matrix products of the transformer's blocks to float8, in place, by torchao
+            (`quantisation.float8`). This changes pictures; docs/speed.md says how far.
         backend: Of torch.compile.
         call: Further arguments that calls will have, such as the `control_image` of a pipeline with a ControlNet.
 
@@ -278,9 +288,12 @@ def compile_pipeline(
         ValueError: before anything is done, with everything that stands in the way: networks quantised by bitsandbytes,
             offloaded, placed by a device map or compiled with other settings; arguments that cannot work, or lack the
             pictures that calls of this pipeline start from.
+        ImportError: if float8 is asked for, and torchao is not installed.
     """
     check_choice("mode", mode, MODES)
-    settings = Settings(mode=mode, regional=regional, backend=backend)
+    settings = Settings(mode=mode, regional=regional, backend=backend, float8=float8)
+    if float8:
+        check_float8()
     obstacles = list(_obstacles(pipe, settings))
     if obstacles:
         raise ValueError(f"this pipeline cannot be compiled: {'; '.join(obstacles)}")
