@@ -50,6 +50,17 @@ def stage_steps(record: dict[str, Any], *stage: str) -> list[int]:
     return [*earlier, loop_of(record["recipe"], *stage)["steps"]]
 
 
+def _went_on(record: dict[str, Any]) -> str:
+    """What was made of the recipe's transformer afterwards; nothing in most records."""
+    if "went_on" not in record:
+        return ""
+    runs = " and ".join(f"{run['steps']:,} steps (seed {run['seed']})" for run in record["went_on"]["runs"])
+    return (
+        f"The transformer went on from what that command made, by hand: in runs of {runs}, of which it is"
+        f" {record['went_on']['result']}."
+    )
+
+
 def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: dict[str, list[float]]) -> str:
     """What the checkpoint is, how it was made, and how well it draws."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -79,6 +90,7 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: d
         " stage began from is `started_from` in `training.json`."
         if earlier
         else "",
+        _went_on(record),
         f"The autoencoder reconstructs training pictures at {record['reconstruction_decibels']} dB. Share of"
         f" {evaluation['num_captions']} held-out captions that the judge finds drawn, at guidance"
         f" {evaluation['guidance']}, and Fréchet distance to renderings (`sana-sprint evaluate --frechet`):",

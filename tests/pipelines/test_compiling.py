@@ -135,11 +135,15 @@ def test_float8_rounds_the_transformer_and_says_so(tiny_pipeline_parts, pipe, ca
         compiled(ours)
 
 
-def test_float8_is_refused_beside_adapters_and_without_torchao(tiny_pipeline_parts, monkeypatch):
+def test_float8_is_refused_beside_adapters_twice_and_without_torchao(tiny_pipeline_parts, monkeypatch):
     pytest.importorskip("torchao", reason="torchao is not installed")
     pipe = own_pipeline(tiny_pipeline_parts)
     pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"]))
     with pytest.raises(ValueError, match=r"transformer has adapters, .* unload_lora_weights\(\)"):
+        compiled(pipe, float8=True)
+    pipe.transformer.delete_adapters("default")
+    float8.quantise_to_float8(pipe.transformer)
+    with pytest.raises(ValueError, match="cannot be compiled: transformer is quantised already"):
         compiled(pipe, float8=True)
     monkeypatch.setattr(float8, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"sana-sprint\[float8\]"):

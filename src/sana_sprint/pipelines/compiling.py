@@ -116,8 +116,11 @@ def _obstacles(pipe: SprintPipeline, settings: Settings) -> Iterator[str]:
     for name, part in _parts(pipe).items():
         if settings.regional and name != "vae.decoder" and not _has_regions(part):
             yield f"{name} is of diffusers' class, which has no block to compile alone (regional=False)"
-        if settings.float8 and name == "transformer" and part not in _compiled and getattr(part, "peft_config", None):
-            yield f"{name} has adapters, which would be rounded too (fuse_lora(), then unload_lora_weights())"
+        if settings.float8 and name == "transformer" and part not in _compiled:
+            if getattr(part, "peft_config", None):
+                yield f"{name} has adapters, which would be rounded too (fuse_lora(), then unload_lora_weights())"
+            if any(hasattr(weight, "__tensor_flatten__") for weight in part.parameters()):
+                yield f"{name} is quantised already (load it in 16 bits, or leave float8 out)"
         if _compiled.get(part, settings) != settings:
             yield f"{name} is compiled already, with {_compiled[part]} (load it anew)"
 
