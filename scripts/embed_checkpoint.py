@@ -52,13 +52,11 @@ def stage_steps(record: dict[str, Any], *stage: str) -> list[int]:
 
 def _went_on(record: dict[str, Any]) -> str:
     """What was made of the recipe's transformer afterwards; nothing in most records."""
-    if "went_on" not in record:
-        return ""
-    runs = " and ".join(f"{run['steps']:,} steps (seed {run['seed']})" for run in record["went_on"]["runs"])
-    return (
-        f"The transformer went on from what that command made, by hand: in runs of {runs}, of which it is"
-        f" {record['went_on']['result']}."
-    )
+    rounds = []
+    for each in record.get("went_on", []):
+        runs = " and ".join(f"{run['steps']:,} steps (seed {run['seed']})" for run in each["runs"])
+        rounds.append(f"by {runs} to {each['result']}")
+    return f"The transformer went on from what that command made, by hand: {'; '.join(rounds)}." if rounds else ""
 
 
 def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: dict[str, list[float]]) -> str:
@@ -74,6 +72,7 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: d
         "consistency": ("consistency",),
         "distillation": ("distillation",),
         "adversarial": ("adversarial",),
+        "one_step": ("one_step",),
     }
     seeds = {"pictures": recipe["pool_seed"]}
     seeds |= {name: loop_of(recipe, *loops[name])["seed"] for name in ("autoencoder", "decoder", "language")}

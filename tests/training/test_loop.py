@@ -111,19 +111,20 @@ def test_the_average_is_of_one_part_and_lags_behind_it_untrained(tmp_path):
     assert not any(parameter.requires_grad for parameter in average.parameters())
 
 
-def test_the_average_starts_as_the_mean_of_few_steps(tmp_path):
+@pytest.mark.parametrize(("ema_warmup", "decays"), [(True, (1 / 10, 2 / 11)), (False, (0.9, 0.9))])
+def test_the_average_starts_as_the_mean_of_few_steps_or_where_training_does(tmp_path, ema_warmup, decays):
     seen = []
     run(
         tmp_path,
-        replace(LOOP, steps=2, ema_decay=0.999, validate_every=1),
+        replace(LOOP, steps=2, ema_decay=0.9, ema_warmup=ema_warmup, validate_every=1),
         validate=lambda average, step: seen.append(weights(average).clone()),
     )
     states = [weights(Regression().line)]
     for steps in (1, 2):
         # The first steps of a run do not know its length while the rates rise.
         states.append(weights(run(tmp_path / str(steps), replace(LOOP, steps=steps))[0].line))
-    first = states[0].lerp(states[1], 1 - 1 / 10)
-    second = first.lerp(states[2], 1 - 2 / 11)
+    first = states[0].lerp(states[1], 1 - decays[0])
+    second = first.lerp(states[2], 1 - decays[1])
     torch.testing.assert_close(torch.stack(seen), torch.stack([first, second]))
 
 

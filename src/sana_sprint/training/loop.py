@@ -165,8 +165,7 @@ class _Run(Generic[M]):
         if all(math.isfinite(values[name]) for name in ("loss", *norms)):
             for each in self.optimisers:
                 each.update(self.step, self.settings.steps)
-            # Early steps weigh less than the decay says, or the average would remember the initialisation.
-            self.average.update(min(self.settings.ema_decay, (self.step + 1) / (self.step + 10)))
+            self.average.update(self.settings.average_decay(self.step))
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1

@@ -172,4 +172,5 @@ def _shapes(recipe: ShapesRecipe) -> dict[str, Footprint]:
         "consistency": footprint(student(recipe.consistency), recipe.consistency_loop),
         "distillation": footprint(student(recipe.distillation), recipe.distillation_loop),
         "adversarial": footprint(student(recipe.adversarial), recipe.adversarial_loop),
+        "one_step": footprint(student(recipe.one_step), recipe.one_step_loop),
     }

@@ -20,6 +20,9 @@ class LoopSettings:
     accumulation: int = 1  # micro-steps a step is cut into, to need less memory
     precision: Precision = "bf16"  # of the products, by autocast; weights are kept as they are
     ema_decay: float = 0.999
+    # Early steps weigh less than the decay says, and what training began with is forgotten; without it, that is part of
+    # the average.
+    ema_warmup: bool = True
     seed: int = 0
     checkpoint_every: int = 200  # steps
     keep: int = 2  # how many of the newest checkpoints
@@ -33,6 +36,10 @@ class LoopSettings:
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1, for a run to go on from, got {self.keep}")
         self.part_size(num_processes=1)
+
+    def average_decay(self, step: int) -> float:
+        """Of the moving average, at a step counted from 0; with warm-up it reaches back a ninth of the run at most."""
+        return min(self.ema_decay, (step + 1) / (step + 10)) if self.ema_warmup else self.ema_decay
 
     def part_size(self, num_processes: int) -> int:
         """Examples of one process in one micro-step."""

@@ -112,21 +112,19 @@ class ShapesTraining:
         self._distil("distillation", "consistency", self.recipe.distillation, self.recipe.distillation_loop)
 
     def adversarial(self) -> None:
-        fake_score = SanaTransformer2DModel.from_pretrained(self._result("distillation", "fake_score"))
-        self._distil("adversarial", "distillation", self.recipe.adversarial, self.recipe.adversarial_loop, fake_score)
+        self._distil("adversarial", "distillation", self.recipe.adversarial, self.recipe.adversarial_loop)
 
-    def _distil(
-        self,
-        stage: str,
-        before: str,
-        settings: DistillationSettings,
-        loop: LoopSettings,
-        fake_score: SanaTransformer2DModel | None = None,
-    ) -> None:
-        """Train the student that the stage before has left; keep it, and the network for the fakes' score."""
+    def one_step(self) -> None:
+        self._distil("one_step", "adversarial", self.recipe.one_step, self.recipe.one_step_loop)
+
+    def _distil(self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings) -> None:
+        """Train the student that the stage before has left, and its network for the fakes' score; keep both."""
         teacher, student = (
             SanaTransformer2DModel.from_pretrained(self._result(name, "transformer")) for name in ("guidance", before)
         )
+        left = self.folder / before / "fake_score"
+        is_left = settings.matching_weight and left.is_dir()
+        fake_score = SanaTransformer2DModel.from_pretrained(left) if is_left else None
         # The discriminator is drawn at random.
         torch.manual_seed(loop.seed)
         objective = Distillation(teacher, self.flow_data().to(self.device), settings, student, fake_score)
@@ -150,7 +148,7 @@ class ShapesTraining:
         partial = self.folder / "checkpoint.partial"
         shutil.rmtree(partial, ignore_errors=True)
         transformer = SanaTransformer2DModel.from_pretrained(
-            self._result("adversarial", "transformer"), torch_dtype=torch.bfloat16
+            self._result("one_step", "transformer"), torch_dtype=torch.bfloat16
         )
         save_network(transformer, partial / "transformer")
         save_network(self._vae("decoder", torch.bfloat16), partial / "vae")

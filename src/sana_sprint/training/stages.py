@@ -9,5 +9,6 @@ STAGES = (
     "consistency",
     "distillation",
     "adversarial",
+    "one_step",
     "assemble",
 )

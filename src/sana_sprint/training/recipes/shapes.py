@@ -130,6 +130,22 @@ def _adversarial_settings() -> DistillationSettings:
     )
 
 
+def _one_step_settings() -> DistillationSettings:
+    settings = _adversarial_settings()
+
+    def half(peak: OptimiserSettings) -> OptimiserSettings:
+        """The mean of the cosine, throughout: the average does what the rates' fall would do."""
+        return replace(
+            peak,
+            learning_rate=peak.learning_rate / 2,
+            matrix_learning_rate=peak.matrix_learning_rate / 2,
+            schedule="constant",
+        )
+
+    # Later steps lose nothing by what they are not taught here.
+    return replace(settings, student=half(settings.student), fake_score=half(settings.fake_score), max_time_share=1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShapesRecipe:
     """All settings of the embedded checkpoint's last round."""
@@ -152,6 +168,10 @@ class ShapesRecipe:
     adversarial: DistillationSettings = field(default_factory=_adversarial_settings)
     adversarial_loop: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=2200, batch_size=64, ema_decay=0.995, seed=33)
+    )
+    one_step: DistillationSettings = field(default_factory=_one_step_settings)
+    one_step_loop: LoopSettings = field(
+        default_factory=lambda: LoopSettings(steps=1600, batch_size=64, ema_decay=0.9996, ema_warmup=False, seed=51)
     )
 
 
@@ -199,4 +219,6 @@ def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: i
         distillation_loop=fewer(recipe.distillation_loop),
         adversarial=briefly(recipe.adversarial),
         adversarial_loop=fewer(recipe.adversarial_loop),
+        one_step=briefly(recipe.one_step),
+        one_step_loop=fewer(recipe.one_step_loop),
     )
