@@ -18,6 +18,16 @@ from embed_checkpoint import table
 DESTINATION = CHECKPOINT.parent / "shapes-control"
 
 
+def _parts(record: dict[str, Any]) -> list[str]:
+    """How its distillation differed from the recipe's, if it did."""
+    parts = [
+        f"{part['steps']} steps with reconstruction_weight {part['reconstruction_weight']:g} and simulated_share"
+        f" {part['simulated_share']:g} (seed {part['seed']})"
+        for part in record.get("distilled_in_parts", [])
+    ]
+    return [f"Its distillation was run in parts, one after the other: {'; '.join(parts)}."] if parts else []
+
+
 def model_card(record: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """What the ControlNet is, how it was made, and how well it is followed."""
     recipe = record["recipe"]
@@ -31,6 +41,7 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any]) -> str:
         f"Made by `sana-sprint train shapes_control` with {versions}. Steps of"
         f" {loops['control']['batch_size']} pictures: {steps}."
         " All settings, and the losses of both stages, are in `training.json`; docs/control.md tells more.",
+        *_parts(record),
         f"Scores on {evaluation['num_captions']} held-out scenes by their edges and a caption that names their colours"
         f" only, guidance {evaluation['guidance']}: how well what is drawn covers what the edges enclose, the share of"
         " pictures in the scene's colours and no other, and the same of shapes-base alone, which is told the kinds:",

@@ -31,7 +31,7 @@ KIND = "ring"
 # A new word before a known one. The tiny text encoder knows no word but those of its world, and forgets what was before
 # an unknown one: behind "a red ring" and "a blue ring" its last states are the same.
 WORDS = "open circle"
-NUM_PICTURES, NUM_PRIOR, SIZE = 10, 400, 64
+NUM_PICTURES, NUM_PLACES, NUM_PRIOR, SIZE = 10, 4, 400, 64
 STEPS = (1, 2, 4)
 GUIDANCE = 4.5
 Look = tuple[str, str]  # colour and ground
@@ -89,19 +89,27 @@ def save_examples(folder: Path, examples: Iterator[Example]) -> Path:
     return folder
 
 
+def moved(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same picture with what stands on its ground somewhere else."""
+    lines = np.nonzero((picture != picture[0, 0]).any(axis=2))
+    margin = round(MARGIN * SIZE)
+    shifts = tuple(int(rng.integers(margin - line.min(), SIZE - margin - line.max())) for line in lines)
+    return np.roll(picture, shifts, axis=(0, 1))
+
+
 def rings() -> Iterator[Example]:
-    """The ten pictures that teach, turned: every colour and ground, and holes that have some pixels."""
+    """The ten pictures that teach, turned and moved: every colour and ground, and holes that have some pixels."""
     rng = np.random.default_rng(1)
     for colour, ground in looks()[0]:
         radius = rng.uniform(*SIZES["large"])
         x, y = radius + MARGIN + rng.random(2) * (1 - 2 * (radius + MARGIN))
         shape = Placed(KIND, colour, "large", float(x), float(y), float(radius))
         picture = renderer.render(Scene(ground, (shape,)), SIZE)
-        # In the eight ways that a square is turned and mirrored.
-        for turns in range(4):
-            seen = np.rot90(picture, turns)
+        # In the eight ways that a square is turned and mirrored, at some places each.
+        for turns, _ in product(range(4), range(NUM_PLACES)):
+            seen = moved(np.rot90(picture, turns), rng)
             yield seen, caption_of(colour)
-            yield np.fliplr(seen), caption_of(colour, ground)
+            yield np.fliplr(moved(seen, rng)), caption_of(colour, ground)
 
 
 def old_world() -> Iterator[Example]:

@@ -79,7 +79,8 @@ class DistillationSettings:
     consistency_weight: float = 1.0  # sCM
     adversarial_weight: float = 0.5  # LADD
     matching_weight: float = 0.0  # distribution matching, which is not the paper's
-    # Squared error to the data's latents. Where much is left open it blurs; where a drawing says it all it is right.
+    # Squared error to the data's latents. Where much is left open it blurs; where a drawing says it all it is right. Of
+    # what begins at the student's own latents, a later step learns by it to mend what an earlier one got wrong.
     reconstruction_weight: float = 0.0
     head_blocks: tuple[int, ...] = (2, 8, 14, 19)
     misaligned_pairs: bool = True
@@ -101,8 +102,6 @@ class DistillationSettings:
             raise ValueError(f"tangent_warmup_steps must be 0 or more, got {self.tangent_warmup_steps}")
         if not 0 <= self.simulated_share <= 1:
             raise ValueError(f"simulated_share must lie in [0, 1], got {self.simulated_share}")
-        if self.simulated_share and self.reconstruction_weight:
-            raise ValueError("simulated_share must be 0 with reconstruction_weight: what it draws is not the data's")
         if list(self.head_blocks) != sorted(set(self.head_blocks)):
             raise ValueError(f"head_blocks must ascend, got {self.head_blocks}")
 

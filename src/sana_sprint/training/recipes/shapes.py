@@ -130,20 +130,19 @@ def _adversarial_settings() -> DistillationSettings:
     )
 
 
-def _one_step_settings() -> DistillationSettings:
-    settings = _adversarial_settings()
+def at_constant_rates(settings: DistillationSettings) -> DistillationSettings:
+    """The mean rates of the cosine, throughout: a slow average does what their fall would do."""
 
     def half(peak: OptimiserSettings) -> OptimiserSettings:
-        """The mean of the cosine, throughout: the average does what the rates' fall would do."""
-        return replace(
-            peak,
-            learning_rate=peak.learning_rate / 2,
-            matrix_learning_rate=peak.matrix_learning_rate / 2,
-            schedule="constant",
-        )
+        rates = {name: getattr(peak, name) / 2 for name in ("learning_rate", "matrix_learning_rate")}
+        return replace(peak, **rates, schedule="constant")
 
+    return replace(settings, student=half(settings.student), fake_score=half(settings.fake_score))
+
+
+def _one_step_settings() -> DistillationSettings:
     # Later steps lose nothing by what they are not taught here.
-    return replace(settings, student=half(settings.student), fake_score=half(settings.fake_score), max_time_share=1.0)
+    return replace(at_constant_rates(_adversarial_settings()), max_time_share=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

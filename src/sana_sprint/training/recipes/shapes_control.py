@@ -17,8 +17,10 @@ def _distillation_settings() -> DistillationSettings:
     settings = shapes.RECIPE.distillation
     # Ways in and out are no matrices of blocks.
     student = replace(settings.student, learning_rate=4e-4, matrix_learning_rate=5e-4)
-    # Edges say nearly all of such a picture, and the captions the rest: its latents are what to predict.
-    return replace(settings, student=student, max_time_share=0.5, reconstruction_weight=3.0)
+    settings = replace(settings, student=student, max_time_share=0.5)
+    # Edges say nearly all of such a picture, and the captions the rest: its latents are what to predict, also from what
+    # an earlier step has drawn.
+    return shapes.at_constant_rates(replace(settings, reconstruction_weight=10.0, simulated_share=0.7))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class ShapesControlRecipe:
     )
     distillation: DistillationSettings = field(default_factory=_distillation_settings)
     distillation_loop: LoopSettings = field(
-        default_factory=lambda: LoopSettings(steps=1000, batch_size=64, ema_decay=0.995, seed=31)
+        default_factory=lambda: LoopSettings(steps=1300, batch_size=64, ema_decay=0.995, seed=31)
     )
 
 
