@@ -112,19 +112,20 @@ class ShapesTraining:
         self._distil("distillation", "consistency", self.recipe.distillation, self.recipe.distillation_loop)
 
     def adversarial(self) -> None:
-        self._distil("adversarial", "distillation", self.recipe.adversarial, self.recipe.adversarial_loop)
+        recipe = self.recipe
+        self._distil("adversarial", "distillation", recipe.adversarial, recipe.adversarial_loop, keeps_score=True)
 
     def one_step(self) -> None:
-        self._distil("one_step", "adversarial", self.recipe.one_step, self.recipe.one_step_loop)
+        self._distil("one_step", "adversarial", self.recipe.one_step, self.recipe.one_step_loop, keeps_score=True)
 
-    def _distil(self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings) -> None:
-        """Train the student that the stage before has left, and its network for the fakes' score; keep both."""
+    def _distil(
+        self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings, keeps_score: bool = False
+    ) -> None:
+        """Train the student that the stage before has left, and its network for the fakes' score or a new one."""
         teacher, student = (
             SanaTransformer2DModel.from_pretrained(self._result(name, "transformer")) for name in ("guidance", before)
         )
-        left = self.folder / before / "fake_score"
-        is_left = settings.matching_weight and left.is_dir()
-        fake_score = SanaTransformer2DModel.from_pretrained(left) if is_left else None
+        fake_score = SanaTransformer2DModel.from_pretrained(self._result(before, "fake_score")) if keeps_score else None
         # The discriminator is drawn at random.
         torch.manual_seed(loop.seed)
         objective = Distillation(teacher, self.flow_data().to(self.device), settings, student, fake_score)

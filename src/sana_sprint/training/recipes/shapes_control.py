@@ -25,7 +25,7 @@ def _distillation_settings() -> DistillationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesControlRecipe:
-    """All settings of the embedded ControlNet."""
+    """All settings of a ControlNet like the embedded one, whose second stage was run in parts: docs/control.md."""
 
     teacher: str = "runs/shapes/guidance/transformer"  # a folder, or hub id, of the transformer
     student: str = "runs/shapes/checkpoint"  # a pipeline's folder, or embedded
