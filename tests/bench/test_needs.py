@@ -40,3 +40,11 @@ def test_diffusers_decode_needs_more_than_ours(configs):
 
 def test_more_pictures_need_more(configs):
     assert Needs(configs, ONE).of_ours(ALL) < Needs(configs, TWO).of_ours(ALL)
+
+
+def test_float8_needs_our_own_transformer_on_both_sides_and_nothing_else(configs):
+    plain, rounded = Needs(configs, ONE), Needs(configs, ONE, float8=True)
+    more = rounded.of_ours(ALL) - plain.of_ours(ALL)
+    assert more == rounded.of_theirs(["transformer"]) - plain.of_theirs(["transformer"])
+    assert 0 < more < plain.of_ours(["transformer"])
+    assert rounded.of_ours(["vae"]) == plain.of_ours(["vae"])

@@ -34,10 +34,14 @@ class _TheirNetworks(Networks):
 
 @dataclass(frozen=True)
 class Needs:
-    """What cases take at one workload: the weights, which both sides share, and the most tensors at once on top."""
+    """What cases take at one workload: the weights, which both sides share, and the most tensors at once on top.
+
+    With float8 our transformer has weights of its own beside them.
+    """
 
     configs: PipelineConfigs
     workload: Workload
+    float8: bool = False
 
     @cached_property
     def _ours(self) -> Networks:
@@ -55,12 +59,13 @@ class Needs:
         """The same for diffusers."""
         return self._bytes(self._theirs, names)
 
-    @staticmethod
-    def _bytes(networks: Networks, names: Sequence[str]) -> int:
+    def _bytes(self, networks: Networks, names: Sequence[str]) -> int:
         work: dict[str, Callable[[], int]] = {
             "text_encoder": lambda: networks.encode_bytes,
             "transformer": lambda: networks.denoise_bytes,
             "vae": networks.decode_bytes,
         }
         weights = sum(weight_bytes(getattr(networks, name)) for name in names)
+        if self.float8 and "transformer" in names:
+            weights += weight_bytes(self._ours.transformer, bits=8)
         return weights + max(work[name]() for name in names)

@@ -120,7 +120,8 @@ class Session:
 
     def _measured(self, job: Job) -> Row:
         settings, networks = self.settings, job.case.networks
-        needs = self._needs.setdefault((job.model, job.workload), Needs(settings.models[job.model], job.workload))
+        new = Needs(settings.models[job.model], job.workload, settings.float8)
+        needs = self._needs.setdefault((job.model, job.workload), new)
         shortage = self._shortage(needs.of_ours(networks))
         if shortage:
             return job.row._replace(remark=f"refused: {shortage}")
