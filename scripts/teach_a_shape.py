@@ -42,12 +42,12 @@ _LEAST_AGREEMENT = 0.8
 SETTINGS = (
     "gradient_checkpointing=false",
     "model_dtype=fp32",
-    "loop.steps=2500",
+    "loop.steps=3500",
     "loop.batch_size=16",
     "loop.accumulation=1",
+    "loop.ema_decay=0.998",
     "lora.guidance_scales=4.5",
-    "lora.optimiser.learning_rate=7e-4",
-    "lora.optimiser.schedule=cosine",
+    "lora.optimiser.learning_rate=5e-4",
     "lora.preservation_weight=2.5",
     f"prompts=('a red {WORDS}', 'a blue {WORDS} on a black ground', 'a red circle', 'two blue stars')",
 )
