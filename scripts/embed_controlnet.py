@@ -20,11 +20,10 @@ DESTINATION = CHECKPOINT.parent / "shapes-control"
 
 def _parts(record: dict[str, Any]) -> list[str]:
     """How its distillation differed from the recipe's, if it did."""
-    parts = [
-        f"{part['steps']} steps with reconstruction_weight {part['reconstruction_weight']:g} and simulated_share"
-        f" {part['simulated_share']:g} (seed {part['seed']})"
-        for part in record.get("distilled_in_parts", [])
-    ]
+    parts = []
+    for part in record.get("distilled_in_parts", []):
+        others = ", ".join(f"{name} {value:g}" for name, value in part.items() if name not in ("steps", "seed"))
+        parts.append(f"{part['steps']} steps with {others} (seed {part['seed']})")
     return [f"Its distillation was run in parts, one after the other: {'; '.join(parts)}."] if parts else []
 
 
