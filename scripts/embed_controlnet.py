@@ -18,29 +18,30 @@ from embed_checkpoint import table
 DESTINATION = CHECKPOINT.parent / "shapes-control"
 
 
-def _parts(record: dict[str, Any]) -> list[str]:
-    """How its distillation differed from the recipe's, if it did."""
+def _distillation(record: dict[str, Any]) -> str:
+    """Steps and seed of the second stage, or of each part in which it was run by hand, with how that differed."""
     parts = []
     for part in record.get("distilled_in_parts", []):
         others = ", ".join(f"{name} {value:g}" for name, value in part.items() if name not in ("steps", "seed"))
-        parts.append(f"{part['steps']} steps with {others} (seed {part['seed']})")
-    return [f"Its distillation was run in parts, one after the other: {'; '.join(parts)}."] if parts else []
+        parts.append(f"{part['steps']} with {others} (seed {part['seed']})")
+    if parts:
+        return f"distillation in parts, by hand, one after the other: {'; '.join(parts)}"
+    loop = record["recipe"]["distillation_loop"]
+    return f"distillation {loop['steps']:,} (seed {loop['seed']})"
 
 
 def model_card(record: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """What the ControlNet is, how it was made, and how well it is followed."""
     recipe = record["recipe"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    loops = {stage: recipe[f"{stage}_loop"] for stage in ("control", "distillation")}
-    steps = ", ".join(f"{stage} {loop['steps']:,} (seed {loop['seed']})" for stage, loop in loops.items())
+    loop = recipe["control_loop"]
     paragraphs = [
         "A ControlNet for shapes-base by edges, in bfloat16, Apache-2.0: it copies"
         f" {recipe['num_layers']} of the transformer's five blocks. Draw by it with `sana-sprint generate"
         ' "red and blue on a white ground" --control-image PICTURE`.',
-        f"Made by `sana-sprint train shapes_control` with {versions}. Steps of"
-        f" {loops['control']['batch_size']} pictures: {steps}."
+        f"Made by the stages of `sana-sprint train shapes_control` with {versions}. Steps of {loop['batch_size']}"
+        f" pictures: control {loop['steps']:,} (seed {loop['seed']}), {_distillation(record)}."
         " All settings, and the losses of both stages, are in `training.json`; docs/control.md tells more.",
-        *_parts(record),
         f"Scores on {evaluation['num_captions']} held-out scenes by their edges and a caption that names their colours"
         f" only, guidance {evaluation['guidance']}: how well what is drawn covers what the edges enclose, the share of"
         " pictures in the scene's colours and no other, and the same of shapes-base alone, which is told the kinds:",

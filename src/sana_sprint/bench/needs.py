@@ -36,7 +36,8 @@ class _TheirNetworks(Networks):
 class Needs:
     """What cases take at one workload: the weights, which both sides share, and the most tensors at once on top.
 
-    With float8 our transformer has weights of its own beside them.
+    With float8 our transformer has weights of its own beside them. The few that stay in 16 bits are counted there too,
+    though they are shared.
     """
 
     configs: PipelineConfigs
