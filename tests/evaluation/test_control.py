@@ -90,10 +90,7 @@ def test_agreement_is_of_what_both_cover():
 
 
 def test_the_embedded_controlnet_is_followed():
-    """Asked for is what 500 scenes had of the ControlNet before, 0.858 and 0.894, and less.
-
-    Less by more than two standard deviations of a mean of 24. The 500 scenes have 0.849 and 0.952 now.
-    """
+    """Asked for is what 500 scenes have, 0.854 and 0.972, less more than two standard deviations of a mean of 24."""
     base = SanaSprintPipeline.from_pretrained(embedded_checkpoint(), torch_dtype=torch.bfloat16)
     controlnet = SanaControlNetModel.from_pretrained(embedded_controlnet(), torch_dtype=torch.bfloat16)
     pipe = SanaSprintControlNetPipeline.from_pipe(base, controlnet=controlnet)
@@ -105,5 +102,5 @@ def test_the_embedded_controlnet_is_followed():
         return [np.asarray(image) for image in images]
 
     scores = score_control(draw, COUNT, SEED)
-    assert scores["intersection_over_union"] > 0.82
-    assert scores["colours"] > 0.73
+    assert scores["intersection_over_union"] > 0.83
+    assert scores["colours"] > 0.85

@@ -1,4 +1,4 @@
-"""Both stages of the shapes world's ControlNet, run end to end with few steps on the embedded checkpoint."""
+"""All stages of the shapes world's ControlNet, run end to end with few steps on the embedded checkpoint."""
 
 import json
 from dataclasses import replace
@@ -32,7 +32,7 @@ def training(folder, recipe=SHORT):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder in which both stages have run, and the folder of the result."""
+    """A folder in which all stages have run, and the folder of the result."""
     folder = tmp_path_factory.mktemp("control")
     return folder, training(folder).run()
 
@@ -47,6 +47,7 @@ def test_the_result_loads_alone_is_below_four_megabytes_and_says_how_it_was_made
     assert {stage: losses[-1]["step"] for stage, losses in record["losses"].items()} == {
         "control": 2,
         "distillation": 2,
+        "rescaling": 2,
     }
 
 
@@ -61,11 +62,15 @@ def test_one_block_more_would_be_too_large():
 
 def test_each_stage_moves_what_the_one_before_has_left_and_a_second_run_changes_nothing(trained):
     folder, result = trained
-    first, second = (
-        SanaControlNetModel.from_pretrained(folder / stage / "controlnet") for stage in ("control", "distillation")
+    first, second, third = (
+        SanaControlNetModel.from_pretrained(folder / stage / "controlnet").controlnet_blocks[0].weight
+        for stage in ("control", "distillation", "rescaling")
     )
-    assert first.controlnet_blocks[0].weight.any()
-    assert not torch.equal(first.controlnet_blocks[0].weight, second.controlnet_blocks[0].weight)
+    assert first.any()
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    exported = load_file(result / WEIGHTS)["controlnet_blocks.0.weight"]
+    torch.testing.assert_close(exported, third.bfloat16(), rtol=0, atol=0)
     before = (result / WEIGHTS).read_bytes()
     training(folder).run()
     assert (result / WEIGHTS).read_bytes() == before

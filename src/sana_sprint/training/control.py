@@ -29,14 +29,16 @@ def control_residuals(
     time: torch.Tensor,
     batch: LatentBatch,
     guidance: torch.Tensor,
+    scale: float | torch.Tensor = 1.0,
 ) -> ControlSamples:
-    """What a ControlNet adds for a batch's drawings, at guidance scales (B,) if it embeds them."""
+    """What a ControlNet adds for a batch's drawings, at guidance scales (B,) if it embeds them; times `scale`, (B,)."""
     assert batch.control is not None
     return control(
         latents,
         encoder_hidden_states=batch.caption,
         timestep=time,
         controlnet_cond=batch.control,
+        conditioning_scale=scale,
         encoder_attention_mask=batch.mask,
         guidance=guidance * control.config.guidance_embeds_scale if embeds_guidance(control) else None,
         return_dict=False,
@@ -50,9 +52,13 @@ def controlled_velocity(
     time: torch.Tensor,
     batch: LatentBatch,
     guidance: torch.Tensor,
+    scale: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
-    """Velocity (B, C, h, w) in float32 of a transformer with a ControlNet, at scales (B,) where they embed them."""
-    residuals = control_residuals(control, latents, time, batch, guidance)
+    """Velocity (B, C, h, w) in float32 of a transformer with a ControlNet, guided at (B,) where they embed that.
+
+    What the ControlNet adds is multiplied by `scale`, a number or (B,).
+    """
+    residuals = control_residuals(control, latents, time, batch, guidance, scale)
     own = guidance if embeds_guidance(transformer) else None
     return predict_velocity(transformer, latents, time, batch.caption, batch.mask, own, residuals)
 

@@ -14,6 +14,7 @@ from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_
 from sana_sprint.training.autoencoder import AutoencoderObjective, DecoderObjective
 from sana_sprint.training.control import ControlObjective
 from sana_sprint.training.control_distillation import ControlDistillation
+from sana_sprint.training.control_rescaling import ControlRescaling
 from sana_sprint.training.control_sprint import SprintControlRecipe, sprint_control_objective
 from sana_sprint.training.control_teacher import ControlRecipe, control_objective
 from sana_sprint.training.data import PicturePool
@@ -96,7 +97,12 @@ def _control(
     first = ControlObjective(transformer, control, data, recipe.control)
     stages = {"control": footprint(first, recipe.control_loop)}
     second = ControlDistillation(transformer, control, student, data, _uncompiled(recipe.distillation))
-    return {**stages, "control distillation": footprint(second, recipe.distillation_loop)}
+    third = ControlRescaling(student, control, data, replace(recipe.rescaling, compile=False))
+    return {
+        **stages,
+        "control distillation": footprint(second, recipe.distillation_loop),
+        "rescaling": footprint(third, recipe.rescaling_loop),
+    }
 
 
 class _EmptyPictures(PicturePool):

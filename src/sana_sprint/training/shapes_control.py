@@ -1,4 +1,4 @@
-"""A shapes checkpoint and the flow transformer behind it to a ControlNet by edges: two stages, each resumable."""
+"""A shapes checkpoint and the flow transformer behind it to a ControlNet by edges: three stages, each resumable."""
 
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from sana_sprint.shapes.sampler import Example
 from sana_sprint.training.autoencoder import encode_pictures
 from sana_sprint.training.control import train_control
 from sana_sprint.training.control_distillation import ControlDistillation
+from sana_sprint.training.control_rescaling import ControlRescaling
 from sana_sprint.training.data import picture_pool, pool_examples
 from sana_sprint.training.export import export_network, record_of
 from sana_sprint.training.flow import FlowData, encode_captions
@@ -23,6 +24,8 @@ from sana_sprint.training.origin import Origin
 from sana_sprint.training.recipes.shapes_control import ShapesControlRecipe
 from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
+
+_STAGES = ("control", "distillation", "rescaling")
 
 
 def caption_by_colours(example: Example, rng: np.random.Generator) -> str:
@@ -34,7 +37,7 @@ def caption_by_colours(example: Example, rng: np.random.Generator) -> str:
 
 
 class ShapesControlTraining:
-    """Both stages of a recipe in a folder; each leaves its result there, where the next one and a second run find it.
+    """The stages of a recipe in a folder; each leaves its result there, where the next one and a second run find it.
 
     Launched with `accelerate launch`, all processes train together, and the first one writes.
 
@@ -62,13 +65,13 @@ class ShapesControlTraining:
         self.processes = PartialState()
 
     def run(self) -> Path:
-        """Run both stages; return the folder of the ControlNet, in bfloat16, with a record of how it was made."""
-        self.control()
-        self.distillation()
+        """Run all stages; return the folder of the ControlNet, in bfloat16, with a record of how it was made."""
+        for stage in _STAGES:
+            getattr(self, stage)()
         folder = self.folder / "controlnet"
         if self.processes.is_main_process:
-            logs = {stage: self._run(stage) / "log.jsonl" for stage in ("control", "distillation")}
-            control = SanaControlNetModel.from_pretrained(self._result("distillation"))
+            logs = {stage: self._run(stage) / "log.jsonl" for stage in _STAGES}
+            control = SanaControlNetModel.from_pretrained(self._result(_STAGES[-1]))
             export_network(folder, control, record_of(self.recipe, logs, self.device))
         self.processes.wait_for_everyone()
         return folder
@@ -88,14 +91,25 @@ class ShapesControlTraining:
         """Distil it, for the transformer that was distilled before."""
         recipe = self.recipe
         control = SanaControlNetModel.from_pretrained(self._result("control"))
-        student = SanaTransformer2DModel.from_pretrained(self.student / "transformer", torch_dtype=torch.float32)
         # A discriminator would be drawn at random.
         torch.manual_seed(recipe.distillation_loop.seed)
         data = self.data().to(self.device)
-        objective = ControlDistillation(self.teacher.load(), control, student, data, recipe.distillation)
+        objective = ControlDistillation(self.teacher.load(), control, self._distilled(), data, recipe.distillation)
         run = self._run("distillation")
         average = train(objective, recipe.distillation_loop, run, "control distillation", self.device)
         self._keep("distillation", average)
+
+    def rescaling(self) -> None:
+        """Teach it to draw at scale 1 as it does at the scales that are best."""
+        recipe = self.recipe
+        control = SanaControlNetModel.from_pretrained(self._result("distillation"))
+        objective = ControlRescaling(self._distilled(), control, self.data().to(self.device), recipe.rescaling)
+        self._keep(
+            "rescaling", train(objective, recipe.rescaling_loop, self._run("rescaling"), "rescaling", self.device)
+        )
+
+    def _distilled(self) -> SanaTransformer2DModel:
+        return SanaTransformer2DModel.from_pretrained(self.student / "transformer", torch_dtype=torch.float32)
 
     def data(self) -> FlowData:
         """Latents and texts of pictures, and latents of their edges; computed once, then read from the folder."""
