@@ -34,15 +34,16 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """What the ControlNet is, how it was made, and how well it is followed."""
     recipe = record["recipe"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    first, last = recipe["control_loop"], recipe["rescaling_loop"]
+    first, last, scale = recipe["control_loop"], recipe["rescaling_loop"], recipe["rescaling"]["scale"]
     paragraphs = [
         "A ControlNet for shapes-base by edges, in bfloat16, Apache-2.0: it copies"
         f" {recipe['num_layers']} of the transformer's five blocks. Draw by it with `sana-sprint generate"
         ' "red and blue on a white ground" --control-image PICTURE`.',
         f"Made by the stages of `sana-sprint train shapes_control` with {versions}. Steps of {first['batch_size']}"
-        f" pictures: control {first['steps']:,} (seed {first['seed']}), {_distillation(record)}, rescaling"
-        f" {last['steps']:,} (seed {last['seed']}). All settings, and the losses of all stages, are in `training.json`;"
-        " docs/control.md tells more.",
+        f" pictures: control {first['steps']:,} (seed {first['seed']}), {_distillation(record)}. Then"
+        f" rescaling, {last['steps']:,} (seed {last['seed']}): it learned to draw at scale 1 as before at"
+        f" {scale['first_scale']} on pure noise and at {scale['later_scale']} in later steps. All settings, and the"
+        " losses of all stages, are in `training.json`; docs/control.md tells more.",
         f"Scores on {evaluation['num_captions']} held-out scenes by their edges and a caption that names their colours"
         f" only, guidance {evaluation['guidance']}: how well what is drawn covers what the edges enclose, the share of"
         " pictures in the scene's colours and no other, and the same of shapes-base alone, which is told the kinds:",

@@ -15,7 +15,7 @@ from sana_sprint.training.optimiser import OptimiserSettings
 from sana_sprint.training.settings import LoopSettings
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
-SCALE = ScaleByAngle(small_angles=1.5, up_to=1.3, large_angles=0.75, beyond=1.55)
+SCALE = ScaleByAngle(later_scale=1.5, later_up_to=1.3, first_scale=0.75, first_from=1.55)
 SETTINGS = RescalingSettings(
     optimiser=OptimiserSettings(learning_rate=3e-3, warmup_steps=1, weight_decay=0.0),
     scale=SCALE,
@@ -45,17 +45,17 @@ def test_a_scale_is_level_on_both_sides_and_a_line_between():
 
 
 def test_angles_that_do_not_ascend_are_refused():
-    with pytest.raises(ValueError, match=r"up_to must lie below beyond, got 1\.5 and 1\.3"):
-        replace(SCALE, up_to=1.5, beyond=1.3)
+    with pytest.raises(ValueError, match=r"later_up_to must lie below first_from, got 1\.5 and 1\.3"):
+        replace(SCALE, later_up_to=1.5, first_from=1.3)
 
 
 @pytest.mark.parametrize(
-    ("small_angles", "large_angles", "different"),
+    ("later_scale", "first_scale", "different"),
     [(1.0, 1.0, set()), (1.5, 1.0, {"later"}), (1.0, 0.5, {"first"}), (1.5, 0.75, {"first", "later"})],
 )
-def test_at_first_only_those_steps_differ_whose_scale_is_not_one(small_angles, large_angles, different):
+def test_at_first_only_those_steps_differ_whose_scale_is_not_one(later_scale, first_scale, different):
     # Beyond all angles of later steps but the largest, and below all of first ones.
-    scale = ScaleByAngle(small_angles=small_angles, up_to=1.5, large_angles=large_angles, beyond=1.54)
+    scale = ScaleByAngle(later_scale=later_scale, later_up_to=1.5, first_scale=first_scale, first_from=1.54)
     found = losses(rescaling(scale).eval())
     assert found["loss"] == pytest.approx(found["first"] + found["later"])
     assert {name for name in ("first", "later") if found[name] > 1e-9} == different
@@ -63,7 +63,7 @@ def test_at_first_only_those_steps_differ_whose_scale_is_not_one(small_angles, l
 
 def test_the_copy_learns_to_draw_so_without_scales_and_nothing_else_moves(tmp_path):
     # The same scale everywhere, which ways out of one block can learn.
-    objective = rescaling(replace(SCALE, small_angles=1.5, large_angles=1.5))
+    objective = rescaling(replace(SCALE, later_scale=1.5, first_scale=1.5))
     frozen = {
         name: weight.clone() for name, weight in objective.state_dict().items() if not name.startswith("student.")
     }
@@ -79,10 +79,20 @@ def test_the_copy_learns_to_draw_so_without_scales_and_nothing_else_moves(tmp_pa
 
 def test_a_copy_that_draws_as_wanted_has_no_loss():
     # Where the scale is the same at all angles, its ways out times the scale are the answer.
-    objective = rescaling(replace(SCALE, small_angles=1.5, large_angles=1.5)).eval()
+    objective = rescaling(replace(SCALE, later_scale=1.5, first_scale=1.5)).eval()
     assert losses(objective)["loss"] > 1e-6
     with torch.no_grad():
         for way_out in objective.student.controlnet_blocks:
             way_out.weight *= 1.5
             way_out.bias *= 1.5
     assert losses(objective)["loss"] < 1e-9
+
+
+def test_later_steps_begin_at_what_the_first_one_drew_and_never_at_the_data():
+    before = losses(rescaling().eval())
+    other = rescaling().eval()
+    other.data = replace(other.data, latents=torch.zeros_like(other.data.latents))
+    assert losses(other) == before
+    # At another first scale the first step draws something else, from which both go on.
+    moved = losses(rescaling(replace(SCALE, first_scale=0.2)).eval())
+    assert moved["later"] != pytest.approx(before["later"], rel=1e-3)

@@ -1,6 +1,7 @@
 """All stages of the shapes world's ControlNet, run end to end with few steps on the embedded checkpoint."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,9 @@ from sana_sprint.shapes.captions import are_words_held_out, is_held_out, parse
 from sana_sprint.training.autoencoder import encode_pictures
 from sana_sprint.training.data import picture_pool
 from sana_sprint.training.origin import Origin
+from sana_sprint.training.recipes import shapes
 from sana_sprint.training.recipes.shapes_control import RECIPE, shortened
+from sana_sprint.training.rehearsal import rehearse
 from sana_sprint.training.shapes_control import ShapesControlTraining
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
@@ -74,6 +77,26 @@ def test_each_stage_moves_what_the_one_before_has_left_and_a_second_run_changes_
     before = (result / WEIGHTS).read_bytes()
     training(folder).run()
     assert (result / WEIGHTS).read_bytes() == before
+
+
+def test_without_rates_the_last_stage_leaves_what_the_distillation_has_made(trained, tmp_path):
+    folder, _ = trained
+    still = replace(SHORT.rescaling.optimiser, learning_rate=0.0, matrix_learning_rate=0.0)
+    recipe = replace(SHORT, rescaling=replace(SHORT.rescaling, optimiser=still))
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("rescaling"))
+    training(tmp_path / "run", recipe).rescaling()
+    before, after = (
+        load_file(tmp_path / "run" / stage / "controlnet" / WEIGHTS) for stage in ("distillation", "rescaling")
+    )
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_a_rehearsal_knows_the_three_stages_and_the_networks_of_the_last():
+    stages = rehearse(RECIPE, shapes.RECIPE.flow.config)
+    assert list(stages) == ["control", "control distillation", "rescaling"]
+    assert list(stages["rescaling"].networks) == ["transformer", "student", "control"]
+    sizes = {name: network.parameters for name, network in stages["rescaling"].networks.items()}
+    assert sizes["student"] == sizes["control"] < sizes["transformer"]
 
 
 def test_the_data_are_pictures_with_their_own_edges(trained):

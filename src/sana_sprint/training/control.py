@@ -31,7 +31,7 @@ def control_residuals(
     guidance: torch.Tensor,
     scale: float | torch.Tensor = 1.0,
 ) -> ControlSamples:
-    """What a ControlNet adds for a batch's drawings, at guidance scales (B,) if it embeds them; times `scale`, (B,)."""
+    """What a ControlNet adds for a batch's drawings, at guidance scales (B,) if it embeds them, times `scale`."""
     assert batch.control is not None
     return control(
         latents,

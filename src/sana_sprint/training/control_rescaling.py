@@ -1,8 +1,9 @@
 """A ControlNet that draws best at another scale at each angle to one that draws so at scale 1.
 
-What a ControlNet adds to a transformer may be multiplied by a scale when it draws. Distillation leaves one that is too
-strong on pure noise and too weak after it: docs/control.md. A copy learns to make, at scale 1, the pictures that the
-ControlNet makes with the scales that are wanted, as a network learns guidance (Meng et al., arXiv 2210.03142).
+What a ControlNet adds to a transformer may be multiplied by a scale when it draws. The embedded one came out of its
+distillation too strong where one step is all, and too weak in later ones: docs/control.md. A copy learns to make, at
+scale 1, the pictures that the ControlNet makes with the scales that are wanted, as a network learns guidance (Meng et
+al., arXiv 2210.03142).
 
 B batch, C channels, h w latent grid. Latents have unit variance; angles are TrigFlow's, in radians.
 """
@@ -30,25 +31,25 @@ from sana_sprint.trigflow.path import add_noise, predict_clean
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleByAngle:
-    """One scale up to an angle, another from a larger one on, and in between what lies on the line between them.
+    """The scale of a first step from an angle on, that of later steps up to a smaller one, and a line between them.
 
     Raises:
         ValueError: for angles that do not ascend.
     """
 
-    small_angles: float
-    up_to: float
-    large_angles: float
-    beyond: float
+    first_scale: float
+    first_from: float  # angle
+    later_scale: float
+    later_up_to: float  # angle
 
     def __post_init__(self) -> None:
-        if not self.up_to < self.beyond:
-            raise ValueError(f"up_to must lie below beyond, got {self.up_to} and {self.beyond}")
+        if not self.later_up_to < self.first_from:
+            raise ValueError(f"later_up_to must lie below first_from, got {self.later_up_to} and {self.first_from}")
 
     def at(self, angle: torch.Tensor) -> torch.Tensor:
         """Of each angle, (B,)."""
-        share = ((angle - self.up_to) / (self.beyond - self.up_to)).clamp(0, 1)
-        return torch.lerp(torch.full_like(share, self.small_angles), torch.full_like(share, self.large_angles), share)
+        share = ((angle - self.later_up_to) / (self.first_from - self.later_up_to)).clamp(0, 1)
+        return torch.lerp(torch.full_like(share, self.later_scale), torch.full_like(share, self.first_scale), share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,8 +66,9 @@ class ShapesControlTraining:
 
     def run(self) -> Path:
         """Run all stages; return the folder of the ControlNet, in bfloat16, with a record of how it was made."""
-        for stage in _STAGES:
-            getattr(self, stage)()
+        self.control()
+        self.distillation()
+        self.rescaling()
         folder = self.folder / "controlnet"
         if self.processes.is_main_process:
             logs = {stage: self._run(stage) / "log.jsonl" for stage in _STAGES}
