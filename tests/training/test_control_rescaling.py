@@ -23,6 +23,8 @@ SETTINGS = RescalingSettings(
     use_muon=False,
     compile=False,
 )
+# A squared error of what is the same but for the rounding of float32, whose values are about 1.
+ROUNDING = 1e-9
 LOOP = LoopSettings(steps=60, batch_size=4, precision="fp32", ema_decay=0.5, log_every=10)
 
 
@@ -58,7 +60,7 @@ def test_at_first_only_those_steps_differ_whose_scale_is_not_one(later_scale, fi
     scale = ScaleByAngle(later_scale=later_scale, later_up_to=1.5, first_scale=first_scale, first_from=1.54)
     found = losses(rescaling(scale).eval())
     assert found["loss"] == pytest.approx(found["first"] + found["later"])
-    assert {name for name in ("first", "later") if found[name] > 1e-9} == different
+    assert {name for name in ("first", "later") if found[name] > ROUNDING} == different
 
 
 def test_the_copy_learns_to_draw_so_without_scales_and_nothing_else_moves(tmp_path):
@@ -80,12 +82,12 @@ def test_the_copy_learns_to_draw_so_without_scales_and_nothing_else_moves(tmp_pa
 def test_a_copy_that_draws_as_wanted_has_no_loss():
     # Where the scale is the same at all angles, its ways out times the scale are the answer.
     objective = rescaling(replace(SCALE, later_scale=1.5, first_scale=1.5)).eval()
-    assert losses(objective)["loss"] > 1e-6
+    assert losses(objective)["loss"] > 1000 * ROUNDING
     with torch.no_grad():
         for way_out in objective.student.controlnet_blocks:
             way_out.weight *= 1.5
             way_out.bias *= 1.5
-    assert losses(objective)["loss"] < 1e-9
+    assert losses(objective)["loss"] < ROUNDING
 
 
 def test_later_steps_begin_at_what_the_first_one_drew_and_never_at_the_data():
