@@ -73,6 +73,7 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: d
         "distillation": ("distillation",),
         "adversarial": ("adversarial",),
         "one_step": ("one_step",),
+        "matching": ("matching",),
     }
     seeds = {"pictures": recipe["pool_seed"]}
     seeds |= {name: loop_of(recipe, *loops[name])["seed"] for name in ("autoencoder", "decoder", "language")}

@@ -118,6 +118,25 @@ def test_a_fakes_score_that_is_the_teachers_moves_no_student_and_who_learns_from
     assert gradients(objective, "matching") == nobody | {"student": True}
 
 
+def test_more_noisings_estimate_the_same_matching_with_less_noise():
+    settings = replace(SETTINGS, consistency_weight=0.0, adversarial_weight=0.0, matching_weight=1.0)
+    batch, guidance = tiny_data().batch(Draws.of_step(0, 0, 4)), torch.full((4,), 4.5)
+
+    def estimates(times: int) -> torch.Tensor:
+        objective = distillation(replace(settings, matching_noisings=times))
+        with torch.no_grad():
+            objective.fake_score.proj_out.bias += 0.1
+        with torch.no_grad():
+            drawn = [Draws.of_step(1, step, 4) for step in range(20)]
+            losses = [objective._matching(draws, batch, batch.clean, guidance) for draws in drawn]
+        return torch.stack([each["matching"] for each in losses])
+
+    few, many = estimates(1), estimates(16)
+    torch.testing.assert_close(few.mean(), many.mean(), rtol=0, atol=4 * few.std().item() / 20**0.5)
+    # A quarter is what sixteen independent ones have.
+    assert many.std() < 0.5 * few.std()
+
+
 def test_examples_that_do_not_start_from_noise_can_start_from_what_the_student_draws():
     """With all of them simulated, the data's latents matter no more; with none, they do."""
     settings = replace(SETTINGS, consistency_weight=0.0, adversarial_weight=0.0, matching_weight=1.0)
@@ -231,6 +250,7 @@ def test_two_parts_of_a_batch_have_the_loss_of_the_whole():
         ({"tangent_warmup_steps": -10}, "tangent_warmup_steps must be 0 or more, got -10"),
         ({"simulated_share": 1.5}, r"simulated_share must lie in \[0, 1\]"),
         ({"head_blocks": (1, 0)}, "head_blocks must ascend"),
+        ({"matching_noisings": 0}, "matching_noisings must be 1 or more, got 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, message):

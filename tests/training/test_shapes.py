@@ -84,8 +84,8 @@ def test_a_stage_before_its_predecessor_names_what_is_missing(tmp_path):
         ShapesTraining(tmp_path, RECIPE).run(["flwo"])
 
 
-def test_the_student_is_distilled_in_four_stages_and_is_what_is_assembled(trained):
-    stages = ("guidance", "consistency", "distillation", "adversarial", "one_step")
+def test_the_student_is_distilled_in_five_stages_and_is_what_is_assembled(trained):
+    stages = ("guidance", "consistency", "distillation", "adversarial", "one_step", "matching")
     networks = [load_file(trained / stage / "transformer" / WEIGHTS) for stage in stages]
     teacher, *_, student = networks
     assembled = load_file(trained / "checkpoint" / "transformer" / WEIGHTS)
@@ -293,7 +293,8 @@ def test_training_goes_on_from_a_checkpoint(trained, tmp_path):
     checkpoint = ShapesTraining(tmp_path, recipe, start=start).run()
     record = json.loads((checkpoint / "training.json").read_text())
     assert record["started_from"] == json.loads((start / "training.json").read_text())
-    assert list(record["losses"]) == ["flow", "guidance", "consistency", "distillation", "adversarial", "one_step"]
+    distilled = ["consistency", "distillation", "adversarial", "one_step", "matching"]
+    assert list(record["losses"]) == ["flow", "guidance", *distilled]
     for part in (f"vae/{WEIGHTS}", "text_encoder/model.safetensors"):
         before, after = (load_file(folder / part) for folder in (start, checkpoint))
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -88,6 +88,9 @@ class DistillationSettings:
     # Of the network that learns the score of the student's latents, faster than the student changes them.
     fake_score: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(learning_rate=1e-5))
     matching_angles: AngleDistribution = field(default_factory=lambda: AngleDistribution(mean=0.0, std=1.6))
+    # How often the student's latents of one example are noised: two thirds of the variance of matching's gradient are
+    # the noising's.
+    matching_noisings: int = 1
     # For the matrices of the blocks of both that are transformers, which must be whole then: no FSDP.
     use_muon: bool = False
     compile: bool = True
@@ -102,6 +105,8 @@ class DistillationSettings:
             raise ValueError(f"tangent_warmup_steps must be 0 or more, got {self.tangent_warmup_steps}")
         if not 0 <= self.simulated_share <= 1:
             raise ValueError(f"simulated_share must lie in [0, 1], got {self.simulated_share}")
+        if self.matching_noisings < 1:
+            raise ValueError(f"matching_noisings must be 1 or more, got {self.matching_noisings}")
         if list(self.head_blocks) != sorted(set(self.head_blocks)):
             raise ValueError(f"head_blocks must ascend, got {self.head_blocks}")
 
@@ -339,10 +344,11 @@ class DistillationLosses(Objective[N]):
         self, draws: Draws, batch: LatentBatch, fake: torch.Tensor, guidance: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """The losses of the student and of the network for the fakes' score, from one pass of that."""
-        settings, fake_score = self.settings, self.fake_score
+        settings, fake_score, times = self.settings, self.fake_score, self.settings.matching_noisings
         assert fake_score is not None
-        angle = settings.matching_angles.draw(draws, settings.sigma_data)
-        noise = draws.normal(fake.shape[1:])
+        angle = torch.cat([settings.matching_angles.draw(draws, settings.sigma_data) for _ in range(times)])
+        noise = torch.cat([draws.normal(fake.shape[1:]) for _ in range(times)])
+        batch, fake, guidance = batch.repeated(times), torch.cat([fake] * times), torch.cat([guidance] * times)
         clean = fake.detach()
         noisy = add_noise(clean, noise, angle)
         velocity = self._velocity(fake_score, noisy, angle, batch, guidance)

@@ -179,4 +179,5 @@ def _shapes(recipe: ShapesRecipe) -> dict[str, Footprint]:
         "distillation": footprint(student(recipe.distillation), recipe.distillation_loop),
         "adversarial": footprint(student(recipe.adversarial), recipe.adversarial_loop),
         "one_step": footprint(student(recipe.one_step), recipe.one_step_loop),
+        "matching": footprint(student(recipe.matching), recipe.matching_loop),
     }

@@ -118,6 +118,9 @@ class ShapesTraining:
     def one_step(self) -> None:
         self._distil("one_step", "adversarial", self.recipe.one_step, self.recipe.one_step_loop, keeps_score=True)
 
+    def matching(self) -> None:
+        self._distil("matching", "one_step", self.recipe.matching, self.recipe.matching_loop, keeps_score=True)
+
     def _distil(
         self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings, keeps_score: bool = False
     ) -> None:
@@ -149,7 +152,7 @@ class ShapesTraining:
         partial = self.folder / "checkpoint.partial"
         shutil.rmtree(partial, ignore_errors=True)
         transformer = SanaTransformer2DModel.from_pretrained(
-            self._result("one_step", "transformer"), torch_dtype=torch.bfloat16
+            self._result("matching", "transformer"), torch_dtype=torch.bfloat16
         )
         save_network(transformer, partial / "transformer")
         save_network(self._vae("decoder", torch.bfloat16), partial / "vae")

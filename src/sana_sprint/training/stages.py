@@ -10,5 +10,6 @@ STAGES = (
     "distillation",
     "adversarial",
     "one_step",
+    "matching",
     "assemble",
 )

@@ -3,7 +3,7 @@
 B examples of one process, C channels, h w latent grid, L and K text tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -23,6 +23,11 @@ class LatentBatch:
     wrong_mask: torch.Tensor | None = None  # B L
     # Latents of what a ControlNet is shown of each picture, its edges for example.
     control: torch.Tensor | None = None  # B C h w
+
+    def repeated(self, times: int) -> "LatentBatch":
+        """The same examples (times * B), one batch after the other."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return LatentBatch(*(None if value is None else torch.cat([value] * times) for value in values))
 
 
 class LatentSource(Protocol):

@@ -145,6 +145,11 @@ def _one_step_settings() -> DistillationSettings:
     return replace(at_constant_rates(_adversarial_settings()), max_time_share=1.0)
 
 
+def _matching_settings() -> DistillationSettings:
+    # LADD's gradient is three times as long as that of matching, and most of it is noise: docs/training.md.
+    return replace(_one_step_settings(), adversarial_weight=0.0, matching_noisings=2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShapesRecipe:
     """All settings of the embedded checkpoint's last round."""
@@ -171,6 +176,10 @@ class ShapesRecipe:
     one_step: DistillationSettings = field(default_factory=_one_step_settings)
     one_step_loop: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=1600, batch_size=64, ema_decay=0.9996, ema_warmup=False, seed=51)
+    )
+    matching: DistillationSettings = field(default_factory=_matching_settings)
+    matching_loop: LoopSettings = field(
+        default_factory=lambda: LoopSettings(steps=1600, batch_size=64, ema_decay=0.9992, ema_warmup=False, seed=101)
     )
 
 
@@ -220,4 +229,6 @@ def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: i
         adversarial_loop=fewer(recipe.adversarial_loop),
         one_step=briefly(recipe.one_step),
         one_step_loop=fewer(recipe.one_step_loop),
+        matching=briefly(recipe.matching),
+        matching_loop=fewer(recipe.matching_loop),
     )
