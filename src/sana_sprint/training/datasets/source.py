@@ -3,7 +3,7 @@
 B examples of one process, C channels, h w latent grid, L and K text tokens.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -26,8 +26,8 @@ class LatentBatch:
 
     def repeated(self, times: int) -> "LatentBatch":
         """The same examples (times * B), one batch after the other."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return LatentBatch(*(None if value is None else torch.cat([value] * times) for value in values))
+        present = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{name: torch.cat([value] * times) for name, value in present.items()})
 
 
 class LatentSource(Protocol):
