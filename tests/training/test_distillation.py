@@ -126,12 +126,12 @@ def test_more_noisings_estimate_the_same_matching_with_less_noise():
         objective = distillation(replace(settings, matching_noisings=times))
         with torch.no_grad():
             objective.fake_score.proj_out.bias += 0.1
-        with torch.no_grad():
             drawn = [Draws.of_step(1, step, 4) for step in range(20)]
             losses = [objective._matching(draws, batch, batch.clean, guidance) for draws in drawn]
         return torch.stack([each["matching"] for each in losses])
 
     few, many = estimates(1), estimates(16)
+    # Four standard deviations of a mean of twenty.
     torch.testing.assert_close(few.mean(), many.mean(), rtol=0, atol=4 * few.std().item() / 20**0.5)
     # A quarter is what sixteen independent ones have.
     assert many.std() < 0.5 * few.std()

@@ -88,8 +88,8 @@ class DistillationSettings:
     # Of the network that learns the score of the student's latents, faster than the student changes them.
     fake_score: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(learning_rate=1e-5))
     matching_angles: AngleDistribution = field(default_factory=lambda: AngleDistribution(mean=0.0, std=1.6))
-    # How often the student's latents of one example are noised: two thirds of the variance of matching's gradient are
-    # the noising's.
+    # How often the student's latents of one example are noised: on the shapes world, two thirds of the variance of
+    # matching's gradient are the noising's.
     matching_noisings: int = 1
     # For the matrices of the blocks of both that are transformers, which must be whole then: no FSDP.
     use_muon: bool = False

@@ -152,7 +152,7 @@ def _matching_settings() -> DistillationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesRecipe:
-    """All settings of the embedded checkpoint's last round."""
+    """All settings: those of the embedded checkpoint's last round, and of `matching`, which it has not had."""
 
     picture_size: int = 64
     num_pictures: int = 60_000
