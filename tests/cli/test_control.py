@@ -60,7 +60,8 @@ def edges():
 
 
 def test_the_controls_are_those_that_there_are_and_none():
-    assert (*TABLE, NO_CONTROL) == CONTROLS
+    assert tuple(TABLE) == CONTROLS
+    assert NO_CONTROL not in CONTROLS
     assert DEFAULT_CONTROL in CONTROLS
 
 

@@ -104,6 +104,13 @@ def test_where_nothing_fits_the_table_is_shown_and_the_command_fails(capsys):
     assert captured.err.count("\n") == 1
 
 
+def test_where_nothing_fits_json_is_printed_and_the_command_fails(capsys):
+    assert main(["plan", "--model", "embedded", "--cpu", "--ram", "10MB", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["chosen"] is None
+    assert captured.err.startswith("sana-sprint: error: no arrangement fits 10.0 MB")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -6,7 +6,7 @@ names, diffusers' model classes for the others.
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -112,11 +112,6 @@ class Table:
     def is_dropped(self, name: str) -> bool:
         """Whether `name` can be recomputed and is left out."""
         return bool(self.dropped) and _any_of(self.dropped).fullmatch(name) is not None
-
-    def aside_names(self) -> Iterator[str]:
-        """The tensors that are kept beside the model."""
-        for group in self.aside:
-            yield from group
 
 
 def rows(

@@ -10,8 +10,8 @@ LARGEST_SEED = 2**63 - 1
 # Those of memory.loading, which `--help` must not import.
 QUANTIZATIONS = ("none", "8bit", "4bit")
 # Those of conditioning.table, and what stands for none of them.
+CONTROLS = ("edges", "scribble", "soft_edges", "depth", "hed")
 NO_CONTROL = "none"
-CONTROLS = ("edges", "scribble", "soft_edges", "depth", "hed", NO_CONTROL)
 
 
 def whole_number(least: int) -> Callable[[str], int]:

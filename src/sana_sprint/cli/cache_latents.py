@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sana_sprint.cli import screen
-from sana_sprint.cli.arguments import whole_number
+from sana_sprint.cli.arguments import CONTROLS, whole_number
 from sana_sprint.cli.model import DTYPES
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--control",
-        metavar="NAME",
-        help="add latents of what a ControlNet is shown of each picture: edges, scribble, soft_edges, depth or hed",
+        choices=CONTROLS,
+        help="add latents of what a ControlNet is shown of each picture (none)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="number format of the networks (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, .. (%(default)s)")

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     follow.add_argument(
         "--control",
-        choices=CONTROLS,
+        choices=(*CONTROLS, NO_CONTROL),
         help=f"what is found in that picture; {NO_CONTROL}: it is the drawing already ({DEFAULT_CONTROL})",
     )
     follow.add_argument(

@@ -97,7 +97,7 @@ def document(plan: "MemoryPlan") -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the table, the choice, and the line of code for it; fails if there is no choice."""
+    """Prints the table, the choice, and the line of code for it; fails afterwards if there is no choice."""
     if options.cpu and options.vram:
         raise ValueError("--cpu and --vram exclude each other")
     with screen.quiet_libraries():
@@ -124,13 +124,12 @@ def run(options: argparse.Namespace) -> None:
             width=width, height=height, batch_size=options.batch, starts_from_picture=options.init_image
         )
         plans = all_plans(Networks(configs, workload), budget)
-    best = best_plan(plans) if any(plan.fits for plan in plans) else None
     if options.json:
         documents = [document(plan) for plan in plans]
         chosen = next((index for index, plan in enumerate(plans) if plan.fits), None)
         print(json.dumps({"width": width, "height": height, "plans": documents, "chosen": chosen}, indent=2))
-        return
-    print("\n".join(table(plans)))
-    if best is None:
-        best_plan(plans)  # says what is missing
-    print(f"\n{best}\n\n{code_line(options, has_gpu)}")
+    else:
+        print("\n".join(table(plans)))
+    best = best_plan(plans)  # says what is missing where nothing fits
+    if not options.json:
+        print(f"\n{best}\n\n{code_line(options, has_gpu)}")

@@ -85,4 +85,7 @@ def open_cache(folder: Path | None, captions: CaptionChoice, transformer: SanaTr
     found, wanted = cache.empty.shape[-1], transformer.config.caption_channels
     if found != wanted:
         raise ValueError(f"the transformer reads text features of width {wanted}, those in {folder} have {found}")
+    if cache.skipped:
+        first = cache.skipped.lines()[0]
+        logger.warning("%d of what is in %s cannot be read, and is left out: %s", len(cache.skipped), folder, first)
     return cache

@@ -5,14 +5,16 @@ from typing import Literal, get_args
 
 Precision = Literal["bf16", "fp32"]
 
+_AT_LEAST_ONE = ("steps", "batch_size", "accumulation", "checkpoint_every", "keep", "log_every", "validate_every")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
     """How long to train, on how much at once, and what is written when.
 
     Raises:
-        ValueError: for an unknown precision, no checkpoint to keep, or a batch that cannot be cut into the micro-steps
-            asked for.
+        ValueError: for an unknown precision, a number below 1 where something is counted, or a batch that cannot be cut
+            into the micro-steps asked for.
     """
 
     steps: int  # updates
@@ -33,8 +35,9 @@ class LoopSettings:
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
-        if self.keep < 1:
-            raise ValueError(f"keep must be at least 1, for a run to go on from, got {self.keep}")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         self.part_size(num_processes=1)
 
     def average_decay(self, step: int) -> float:

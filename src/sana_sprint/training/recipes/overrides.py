@@ -124,8 +124,12 @@ def _parse(text: str, annotation: Any) -> Any:
 
 def _parse_tuple(text: str, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     """From "1, 2" or "(1, 2)"; texts that hold commas need the latter, with quotes."""
-    bracketed = text[:1] in ("(", "[")
-    parts = [str(part) for part in _literal(text)] if bracketed else [part.strip() for part in text.split(",") if part]
+    if text[:1] in ("(", "["):
+        found = _literal(text)
+        # Python reads brackets around a single value as that value.
+        parts = [str(part) for part in (found if isinstance(found, list | tuple) else (found,))]
+    else:
+        parts = [part.strip() for part in text.split(",") if part]
     if kinds[-1] is ...:
         kinds = kinds[:1] * len(parts)
     if len(parts) != len(kinds):
