@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_distillation import CAPTIONS, LOOP, save_cache, save_teacher
 
-from sana_sprint import SanaControlNetModel, SanaSprintPipeline
+from sana_sprint import SanaControlNetModel, SanaSprintPipeline, SanaTransformer2DModel
 from sana_sprint.assets import embedded_checkpoint
 from sana_sprint.cli.dry_run import starting_config
 from sana_sprint.cli.main import main
+from sana_sprint.cli.progress_pictures import ProgressPictures
 from sana_sprint.training.recipes import find_recipe
 
 # What makes the published recipe a tiny one.
@@ -154,6 +156,22 @@ def test_a_transformer_alone_is_distilled_without_pictures_and_that_is_said_once
     assert err.startswith("sana-sprint: note: no pictures on the way")
     assert err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "run"]
+
+
+def test_without_prompts_nothing_is_drawn_on_the_way(teacher, cache, tmp_path, capsys):
+    options = ["--set", f"teacher={teacher}", f"data={cache}", *TINY_SPRINT, "loop.steps=1", "prompts="]
+    assert main(["train", "sprint_0.6b_1024", *options, "--output", str(tmp_path), "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "run"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_an_average_on_the_cpu_is_drawn_with_on_the_gpu_and_put_back(sprint, tmp_path):
+    network = SanaTransformer2DModel.from_pretrained(sprint / "transformer")
+    ProgressPictures(sprint, ["a red circle"], tmp_path, torch.device("cuda"), has_guidance=True)(network, 1)
+    assert network.device.type == "cpu"
+    assert (tmp_path / "pictures" / "step-000001.png").is_file()
 
 
 def test_a_recipe_without_data_says_how_to_give_it(teacher, tmp_path, capsys):

@@ -23,7 +23,7 @@ class ProgressPictures:
         pipeline: a folder: whose text encoder reads the prompts, once, and whose autoencoder decodes.
         prompts: what to draw.
         output: the folder.
-        device: where the network is.
+        device: where to draw.
         has_guidance: whether the guidance scale is an input of the network, which then draws in few steps; otherwise it
             is guided by its own velocity without a caption.
     """
@@ -37,6 +37,7 @@ class ProgressPictures:
 
         self.prompts = tuple(prompts)
         self.folder = output / "pictures"
+        self.device = device
         self.has_guidance = has_guidance
         dtype = choose_dtype("auto", device)
         pipe = SanaSprintPipeline.from_pretrained(pipeline, transformer=None, torch_dtype=dtype).to(device)
@@ -49,7 +50,13 @@ class ProgressPictures:
         from sana_sprint.cli.sheet import draw_sheet
         from sana_sprint.files import write_whole
 
-        sheet = draw_sheet(self._draw(network), self.prompts)
+        # The average of a network that FSDP has sharded is not where the network is.
+        home = network.device
+        network.to(self.device)
+        try:
+            sheet = draw_sheet(self._draw(network), self.prompts)
+        finally:
+            network.to(home)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:06d}.png"
         write_whole(path, lambda partial: sheet.save(partial, format="PNG"))
@@ -100,12 +107,14 @@ class ProgressPictures:
 def progress_pictures(
     pipeline: Path | None, prompts: Sequence[str], output: Path, device: "torch.device", has_guidance: bool
 ) -> Callable[..., None] | None:
-    """What draws on the way, or None, and a line that says so, where there is no pipeline to draw with.
+    """What draws on the way, or None: without prompts, or, with a line that says so, without a pipeline to draw with.
 
     With several processes only the first one draws, and loads what it takes.
     """
     from accelerate import PartialState
 
+    if not prompts:
+        return None
     if pipeline is None:
         if PartialState().is_main_process:
             screen.report(
