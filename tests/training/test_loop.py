@@ -149,13 +149,26 @@ def test_a_change_to_one_group_changes_nothing_of_the_other(tmp_path):
 
 def test_a_folder_of_other_settings_is_refused_by_their_names(tmp_path):
     run(tmp_path)
-    with pytest.raises(ValueError, match=r"other settings \(critic\.betas, line\.learning_rate, seed\)"):
+    with pytest.raises(ValueError, match=r"other settings or data \(critic\.betas, line\.learning_rate, seed\)"):
         run(
             tmp_path,
             replace(LOOP, seed=1),
             critic=replace(CRITIC, betas=(0.5, 0.5)),
             line=replace(LINE, learning_rate=1),
         )
+
+
+def test_a_folder_of_a_run_that_learned_from_something_else_is_refused_by_its_name(tmp_path):
+    def begun(**sources):
+        loop = replace(LOOP, steps=1)
+        return train(Regression(), loop, tmp_path, "test", torch.device("cpu"), sources=sources)
+
+    begun(data="1", teacher="2")
+    begun(data="1", teacher="2")
+    with pytest.raises(ValueError, match=r"other settings or data \(data\)"):
+        begun(data="3", teacher="2")
+    with pytest.raises(ValueError, match=r"other settings or data \(prior\)"):
+        begun(data="1", teacher="2", prior="4")
 
 
 FLOW = FlowSettings(config={}, loop=LOOP, optimiser=LINE, guidance_loop=LOOP, guidance_optimiser=LINE)
@@ -197,7 +210,7 @@ def test_a_folder_of_an_objective_with_other_settings_is_refused_by_their_names(
         return weights(train(objective(**changes), loop, tmp_path, "test", torch.device("cpu")))
 
     first = last_step()
-    with pytest.raises(ValueError, match=rf"other settings \({', '.join(sorted(changes))}\)"):
+    with pytest.raises(ValueError, match=rf"other settings or data \({', '.join(sorted(changes))}\)"):
         last_step(**changes)
     assert torch.equal(last_step(compile=True), first)
 
@@ -259,7 +272,10 @@ def test_products_are_computed_in_the_precision_asked_for(tmp_path, precision, d
     ("changes", "message"),
     [
         ({"precision": "fp16"}, "precision must be one of bf16, fp32, got 'fp16'"),
-        ({"keep": 0}, "keep must be at least 1, for a run to go on from, got 0"),
+        ({"keep": 0}, "keep must be 1 or more, got 0"),
+        ({"steps": -1}, "steps must be 1 or more, got -1"),
+        ({"validate_every": 0}, "validate_every must be 1 or more, got 0"),
+        ({"accumulation": 0}, "accumulation must be 1 or more, got 0"),
         ({"accumulation": 3}, "batch_size must be a multiple of processes × micro-steps, 1 × 3, got 4"),
     ],
 )

@@ -1,6 +1,7 @@
 """The stages of the shapes recipe, run end to end with few steps, and what their losses promise."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -94,6 +95,28 @@ def test_the_student_is_distilled_in_five_stages_and_is_what_is_assembled(traine
     # Two short steps apart each.
     weights = [network["proj_out.weight"] for network in networks]
     assert not any(torch.equal(before, after) for before, after in pairwise(weights))
+
+
+def test_matching_may_be_left_out_of_any_stage(trained, tmp_path):
+    def without(settings):
+        return replace(settings, matching_weight=0.0, adversarial_weight=0.5)
+
+    recipe = replace(RECIPE, distillation=without(RECIPE.distillation), matching=without(RECIPE.matching))
+    for stage in ("guidance", "autoencoder", "decoder", "language", "consistency", "flow", "pool"):
+        shutil.copytree(trained / stage, tmp_path / stage)
+    ShapesTraining(tmp_path, recipe).run(["distillation", "adversarial", "one_step", "matching"])
+    left = {stage for stage in STAGES if (tmp_path / stage / "fake_score").is_dir()}
+    assert left == {"adversarial", "one_step"}
+
+
+def test_other_pictures_are_encoded_anew(trained, tmp_path):
+    for stage in ("autoencoder", "decoder", "language", "flow"):
+        shutil.copytree(trained / stage, tmp_path / stage)
+    fewer = replace(RECIPE, num_pictures=16)
+    assert len(ShapesTraining(tmp_path, RECIPE).flow_data().latents) == RECIPE.num_pictures
+    assert len(ShapesTraining(tmp_path, fewer).flow_data().latents) == 16
+    with pytest.raises(ValueError, match=r"other settings or data \(data\)"):
+        ShapesTraining(tmp_path, fewer).run(["flow"])
 
 
 def test_a_start_does_not_stand_for_a_stage_that_has_not_run(trained, tmp_path):

@@ -1,6 +1,7 @@
 """A tiny teacher, distilled and exported: what is written, what draws from it, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import diffusers
@@ -12,9 +13,10 @@ from tiny_distillation import LOOP, sprint_recipe
 
 from sana_sprint import SanaSprintPipeline, SanaTransformer2DModel
 from sana_sprint.training.datasets.cached import CachedLatents
+from sana_sprint.training.datasets.captions import CaptionChoice
 from sana_sprint.training.distillation import Distillation
 from sana_sprint.training.draws import Draws
-from sana_sprint.training.origin import Origin
+from sana_sprint.training.origin import Origin, open_cache
 from sana_sprint.training.sprint import CheckpointedDistillation, sprint_objective, train_sprint
 
 CPU = torch.device("cpu")
@@ -85,6 +87,47 @@ def test_a_run_that_stopped_ends_with_the_weights_of_one_that_did_not(
     train_sprint(recipe, Origin.find(recipe.teacher), tmp_path, CPU)
     before, after = (load_file(folder / "checkpoint" / "transformer" / WEIGHTS) for folder in (distilled[0], tmp_path))
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_a_run_is_not_gone_on_with_another_teacher_or_other_data(distilled, teacher_folder, cache_folder, tmp_path):
+    recipe = sprint_recipe(teacher_folder, cache_folder)
+    other = SanaTransformer2DModel.from_pretrained(teacher_folder / "transformer")
+    torch.nn.init.normal_(other.proj_out.weight)
+    other.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"belongs to a run with other settings or data \(teacher\)"):
+        train_sprint(recipe, Origin.find(str(tmp_path / "teacher")), distilled[0], CPU)
+    described = json.loads((cache_folder / "cache.json").read_text())
+    shutil.copytree(cache_folder, tmp_path / "cache")
+    (tmp_path / "cache" / "cache.json").write_text(json.dumps({**described, "source": "other pictures"}))
+    with pytest.raises(ValueError, match=r"belongs to a run with other settings or data \(data\)"):
+        train_sprint(replace(recipe, data=tmp_path / "cache"), Origin.find(recipe.teacher), distilled[0], CPU)
+
+
+def test_a_run_goes_on_with_the_same_teacher_and_data_in_another_place(
+    distilled, teacher_folder, cache_folder, tmp_path
+):
+    output, teacher, cache = (tmp_path / name for name in ("output", "teacher", "cache"))
+    for source, copy in ((distilled[0], output), (teacher_folder, teacher), (cache_folder, cache)):
+        shutil.copytree(source, copy)
+    recipe = sprint_recipe(teacher, cache)
+    shutil.rmtree(output / "checkpoint")
+    checkpoint = train_sprint(recipe, Origin.find(recipe.teacher), output, CPU)
+    before, after = (
+        load_file(folder / "transformer" / WEIGHTS) for folder in (distilled[0] / "checkpoint", checkpoint)
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_examples_that_cannot_be_read_are_told_of_at_the_start(teacher_folder, cache_folder, tmp_path, caplog):
+    cache = tmp_path / "cache"
+    shutil.copytree(cache_folder, cache)
+    (shard,) = cache.glob("*.tar")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    teacher = SanaTransformer2DModel.from_pretrained(teacher_folder / "transformer")
+    source = open_cache(cache, CaptionChoice(), teacher)
+    assert 0 < len(source) < len(CachedLatents(cache_folder))
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"1 of what is in {cache} cannot be read, and is left out: {shard.name}")
 
 
 def test_a_teacher_without_a_pipeline_gives_a_transformer_without_one(teacher_folder, cache_folder, tmp_path):

@@ -1,7 +1,7 @@
 """A scheduler's name and a Gemma-2 folder to what a pipeline's folder holds beside transformer and autoencoder."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,6 @@ from sana_sprint.checkpoints.writer import write_json
 
 SchedulerName = Literal["scm", "flow-dpm_solver", "flow-euler"]
 
-_PIPELINES = {"scm": "SanaSprintPipeline", "flow": "SanaPipeline"}
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -139,10 +138,10 @@ def write_scheduler(folder: Path, name: SchedulerName, flow_shift: float | None)
     return type(scheduler).__name__
 
 
-def write_pipeline_index(folder: Path, family: Family, classes: Mapping[str, tuple[str, str]]) -> None:
-    """Writes model_index.json: which pipeline this is, and (library, class) of each component."""
+def write_pipeline_index(folder: Path, scheduler: SchedulerName, classes: Mapping[str, Sequence[str]]) -> None:
+    """Writes model_index.json: the pipeline, which its scheduler tells, and (library, class) of each component."""
     index = {
-        "_class_name": _PIPELINES[family.scheduler or "flow"],
+        "_class_name": "SanaSprintPipeline" if scheduler == "scm" else "SanaPipeline",
         "_diffusers_version": version("diffusers"),
         **{name: list(home) for name, home in classes.items()},
     }

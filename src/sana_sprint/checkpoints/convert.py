@@ -228,4 +228,4 @@ def _write_pipeline(
         "transformer": ("diffusers", main.class_name),
         "vae": ("diffusers", vae.class_name),
     }
-    write_pipeline_index(folder, main.family, classes)
+    write_pipeline_index(folder, name, classes)

@@ -16,6 +16,7 @@ from sana_sprint.training.flow import (
     prepared,
     time_guidance_embedding,
 )
+from sana_sprint.training.identity import sources
 from sana_sprint.training.loop import Validation, train
 from sana_sprint.training.settings import LoopSettings
 from sana_sprint.transformer.control import SanaControlNetModel
@@ -101,6 +102,7 @@ def train_control(
     validate: Validation | None = None,
 ) -> SanaControlNetModel:
     """Train a ControlNet for a transformer; the data must hold drawings, the rest is as for `train`."""
+    began_with = sources(data, teacher=transformer)
     networks = prepared(transformer, settings), prepared(control, settings)
     objective = ControlObjective(*networks, data.to(device), settings)
-    return train(objective, loop, folder, "control", device, validate).requires_grad_(True)
+    return train(objective, loop, folder, "control", device, validate, began_with).requires_grad_(True)

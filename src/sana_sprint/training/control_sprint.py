@@ -14,6 +14,7 @@ from sana_sprint.training.datasets.source import LatentSource
 from sana_sprint.training.distillation import DistillationSettings
 from sana_sprint.training.export import export_network, record_of
 from sana_sprint.training.flow import embeds_guidance
+from sana_sprint.training.identity import sources
 from sana_sprint.training.loop import train
 from sana_sprint.training.origin import Origin
 from sana_sprint.training.settings import LoopSettings, Precision
@@ -89,9 +90,10 @@ def train_sprint_control(recipe: SprintControlRecipe, output: Path, device: torc
     data = open_controlled_cache(recipe.data, recipe.captions, teacher)
     # The first layer of the guidance embedding and the discriminator are drawn at random.
     torch.manual_seed(recipe.loop.seed)
+    began_with = sources(data, teacher=teacher, control=control, student=student)
     objective = sprint_control_objective(recipe, teacher, control, student, data.to(device))
     run, folder = output / "run", output / "controlnet"
-    average = train(objective, recipe.loop, run, "control distillation", device)
+    average = train(objective, recipe.loop, run, "control distillation", device, sources=began_with)
     if PartialState().is_main_process:
         export_network(folder, average, record_of(recipe, {"control_distillation": run / "log.jsonl"}, device))
     PartialState().wait_for_everyone()

@@ -414,7 +414,8 @@ class DistillationLosses(Objective[N]):
 class Distillation(DistillationLosses[SanaTransformer2DModel]):
     """A transformer is the student.
 
-    It and the network for the fakes' score start from those that are given, or from the teacher.
+    It and the network for the fakes' score, where matching needs one, start from those that are given, or from the
+    teacher.
     """
 
     def __init__(
@@ -426,8 +427,7 @@ class Distillation(DistillationLosses[SanaTransformer2DModel]):
         fake_score: SanaTransformer2DModel | None = None,
     ) -> None:
         student = student_of(teacher if student is None else student)
-        if settings.matching_weight:
-            fake_score = student_of(teacher if fake_score is None else fake_score)
+        fake_score = student_of(teacher if fake_score is None else fake_score) if settings.matching_weight else None
         super().__init__(teacher, student, fake_score, data, settings)
 
     def velocity(

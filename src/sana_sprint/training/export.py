@@ -12,21 +12,21 @@ import numpy as np
 import torch
 import transformers
 
-from sana_sprint.checkpoints.assembly import SchedulerName, write_scheduler
+from sana_sprint.checkpoints.assembly import SchedulerName, write_pipeline_index, write_scheduler
 from sana_sprint.checkpoints.reader import CONFIG_FILE, PIPELINE_FILE, read_json
 from sana_sprint.checkpoints.staging import staged
+from sana_sprint.checkpoints.writer import write_json
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 # How a checkpoint was made, in its folder.
 RECORD = "training.json"
 
-_PIPELINES = {"scm": "SanaSprintPipeline", "flow-dpm_solver": "SanaPipeline"}
 _ENCODERS = ("text_encoder", "tokenizer", "vae")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write what JSON can hold, and paths as texts; entries keep their order."""
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write how a checkpoint was made into its folder; entries keep their order, and paths become texts."""
+    (folder / RECORD).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def save_network(network: Any, folder: Path) -> None:
@@ -75,7 +75,7 @@ def export_network(output: Path, network: Any, record: dict[str, Any]) -> None:
     network.to(torch.bfloat16)
     with staged(output, force=True) as folder:
         save_network(network, folder)
-        write_json(folder / RECORD, record)
+        write_record(folder, record)
 
 
 def export(
@@ -111,12 +111,10 @@ def export(
         entries = read_json(pipeline / PIPELINE_FILE)
         for encoder in _ENCODERS:
             shutil.copytree(pipeline / encoder, folder / encoder)
-        index = {
-            "_class_name": _PIPELINES[scheduler],
-            "_diffusers_version": diffusers.__version__,
+        classes = {
             "scheduler": ["diffusers", name],
             "transformer": ["diffusers", SanaTransformer2DModel.__name__],
             **{encoder: entries[encoder] for encoder in _ENCODERS},
         }
-        write_json(folder / PIPELINE_FILE, index)
-        write_json(folder / RECORD, record)
+        write_pipeline_index(folder, scheduler, classes)
+        write_record(folder, record)

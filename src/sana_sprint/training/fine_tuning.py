@@ -9,8 +9,9 @@ from torch import nn
 
 from sana_sprint.training.datasets.captions import CaptionChoice
 from sana_sprint.training.datasets.source import LatentSource
-from sana_sprint.training.export import RECORD, record_of, write_json
+from sana_sprint.training.export import record_of, write_record
 from sana_sprint.training.flow import embeds_guidance
+from sana_sprint.training.identity import sources
 from sana_sprint.training.loop import Validation, train
 from sana_sprint.training.lora import LoraObjective, LoraSettings, save_adapters
 from sana_sprint.training.origin import Origin, open_cache
@@ -89,6 +90,7 @@ def train_lora(
     check_model(transformer)
     data = open_cache(recipe.data, recipe.captions, transformer)
     prior = None if recipe.prior is None else open_cache(recipe.prior, recipe.captions, transformer)
+    began_with = sources(data, model=transformer) | ({} if prior is None else {"prior": prior.identity()})
     # One half of every adapter is drawn at random.
     torch.manual_seed(recipe.loop.seed)
     objective = lora_objective(recipe, transformer, data.to(device), None if prior is None else prior.to(device))
@@ -100,9 +102,9 @@ def train_lora(
             return validate(adapted, step)
 
     run, folder = output / "run", output / "lora"
-    average = train(objective, recipe.loop, run, "adapters", device, None if validate is None else show)
+    average = train(objective, recipe.loop, run, "adapters", device, None if validate is None else show, began_with)
     if PartialState().is_main_process:
         save_adapters(objective.names, average, folder)
-        write_json(folder / RECORD, record_of(recipe, {"adapters": run / "log.jsonl"}, device))
+        write_record(folder, record_of(recipe, {"adapters": run / "log.jsonl"}, device))
     PartialState().wait_for_everyone()
     return folder

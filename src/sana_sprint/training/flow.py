@@ -23,6 +23,7 @@ from sana_sprint.text.encoder import encode_prompts
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_prefix
 from sana_sprint.training.datasets.source import LatentBatch, LatentSource
 from sana_sprint.training.draws import Draws
+from sana_sprint.training.identity import sources, tensors_digest
 from sana_sprint.training.language import read_behind, tokenize_behind
 from sana_sprint.training.loop import Objective, Validation, train
 from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
@@ -99,6 +100,11 @@ class FlowData:
     def empty_caption(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and mask of the empty caption, `size` times."""
         return self._text(torch.full((size,), len(self.latents)))
+
+    def identity(self) -> str:
+        """Changes with the latents and the texts."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return tensors_digest({name: value for name, value in held.items() if isinstance(value, torch.Tensor)})
 
     def to(self, device: torch.device) -> "FlowData":
         """The same data, with its batches on a device."""
@@ -297,8 +303,9 @@ def train_flow(
     validate: Validation | None = None,
 ) -> SanaTransformer2DModel:
     """Train a transformer to predict the flow's velocity from latents, time and caption; the rest is as for `train`."""
+    began_with = sources(data, start=transformer)
     objective = FlowObjective(prepared(transformer, settings), data.to(device), settings)
-    return train(objective, loop, folder, "flow", device, validate).requires_grad_(True)
+    return train(objective, loop, folder, "flow", device, validate, began_with).requires_grad_(True)
 
 
 def guided_target(
@@ -369,5 +376,6 @@ def train_guidance(
 ) -> SanaTransformer2DModel:
     """Teach a copy of a plain transformer its guidance embedding; return the copy."""
     student = copy.deepcopy(teacher).requires_grad_(True)
+    began_with = sources(data, teacher=teacher)
     objective = GuidanceObjective(prepared(student, settings), prepared(teacher, settings), data.to(device), settings)
-    return train(objective, settings.guidance_loop, folder, "guidance", device)
+    return train(objective, settings.guidance_loop, folder, "guidance", device, sources=began_with)

@@ -79,6 +79,9 @@ class EmptyLatents:
         caption = torch.empty(size, *self.text_shape, device=self.device)
         return caption, torch.ones(size, self.text_shape[0], dtype=torch.long, device=self.device)
 
+    def identity(self) -> str:
+        return "empty"
+
     def to(self, device: torch.device) -> "EmptyLatents":
         return replace(self, device=device)
 

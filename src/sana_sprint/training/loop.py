@@ -7,7 +7,7 @@ the same steps as one that did not.
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -118,7 +118,7 @@ def _check_groups(objective: nn.Module, groups: list[ParameterGroup]) -> None:
 
 
 def _compared(settings: LoopSettings, groups: list[ParameterGroup], own: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a run must be gone on with, by name; `own` are the objective's."""
+    """What a run must be gone on with, by name; `own` are the objective's settings, and what it learns from."""
     loop = {name: value for name, value in asdict(settings).items() if name not in _FREE_SETTINGS}
     grouped = {f"{group.name}.{name}": value for group in groups for name, value in asdict(group.settings).items()}
     return {**loop, **grouped, **own}
@@ -127,7 +127,14 @@ def _compared(settings: LoopSettings, groups: list[ParameterGroup], own: dict[st
 class _Run(Generic[M]):
     """An objective with all that changes from step to step."""
 
-    def __init__(self, objective: Objective[M], settings: LoopSettings, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        objective: Objective[M],
+        settings: LoopSettings,
+        folder: Path,
+        device: torch.device,
+        sources: Mapping[str, str],
+    ) -> None:
         self.settings = settings
         self.states = StateFolder(folder)
         # Precision is ours: accelerate can hold but one for the whole process, and a recipe's stages may differ.
@@ -144,7 +151,7 @@ class _Run(Generic[M]):
         self.optimisers = [Optimiser(group) for group in groups]
         self.network = self.accelerator.prepare(objective, *(each.adamw for each in self.optimisers))[0]
         self.average.follow()
-        self.compared = _compared(settings, groups, objective.own_settings())
+        self.compared = _compared(settings, groups, {**objective.own_settings(), **sources})
         self.step = 0
         self.skipped = self.skipped_in_a_row = 0
         self.best_score = float("-inf")
@@ -251,6 +258,7 @@ def train(
     title: str,
     device: torch.device,
     validate: Validation | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> M:
     """Train an objective's groups; return the moving average of its averaged part.
 
@@ -266,15 +274,16 @@ def train(
         device: where to train.
         validate: called every `validate_every` steps, and after the last, with the average and the number of steps,
             on the main process. The average with the highest score is kept in `best.pt`.
+        sources: what tells the data and networks that are learned from from others, by name (`identity.sources`).
 
     Raises:
-        ValueError: if `folder` holds the state of a run with other settings; for a batch that the processes cannot
-            share, and for what accelerate is configured for and cannot work.
+        ValueError: if `folder` holds the state of a run with other settings or sources; for a batch that the processes
+            cannot share, and for what accelerate is configured for and cannot work.
         FloatingPointError: if the loss or the gradients are infinite or undefined in 20 steps in a row; a single such
             step is skipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(objective, settings, folder, device)
+    run = _Run(objective, settings, folder, device, sources or {})
     run.resume()
     run.network.train()
     with (

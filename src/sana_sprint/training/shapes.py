@@ -1,18 +1,17 @@
 """A recipe to the embedded checkpoint: every stage of training on the shapes world, in order, each resumable."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import PartialState
 from transformers import Gemma2Model, GemmaTokenizer
 
 from sana_sprint.autoencoder.model import AutoencoderDC
-from sana_sprint.files import write_whole
+from sana_sprint.checkpoints.assembly import write_pipeline_index, write_scheduler
+from sana_sprint.checkpoints.staging import staged
 from sana_sprint.training.autoencoder import (
     encode_pictures,
     peak_signal_to_noise,
@@ -21,15 +20,26 @@ from sana_sprint.training.autoencoder import (
 )
 from sana_sprint.training.data import PicturePool, picture_pool
 from sana_sprint.training.distillation import Distillation, DistillationSettings
-from sana_sprint.training.export import RECORD, record_of, save_network, write_json
+from sana_sprint.training.export import RECORD, record_of, save_network, write_record
 from sana_sprint.training.flow import FlowData, encode_captions, new_transformer, train_flow, train_guidance
+from sana_sprint.training.identity import made_once, network_digest, sources
 from sana_sprint.training.language import train_language_model
 from sana_sprint.training.loop import train
 from sana_sprint.training.recipes.shapes import ShapesRecipe
 from sana_sprint.training.settings import LoopSettings
 from sana_sprint.training.stages import STAGES
 from sana_sprint.transformer.model import SanaTransformer2DModel
-from sana_sprint.trigflow.scheduler import SCMScheduler
+
+# Library and class of each component.
+_CLASSES = {
+    "scheduler": ("diffusers", "SCMScheduler"),
+    "text_encoder": ("transformers", "Gemma2Model"),
+    "tokenizer": ("transformers", "GemmaTokenizer"),
+    "transformer": ("diffusers", "SanaTransformer2DModel"),
+    "vae": ("diffusers", "AutoencoderDC"),
+}
+# Settings of a recipe that its latents and texts are made by.
+_OF_THE_DATA = ("num_pictures", "picture_size", "pool_seed", "max_caption_tokens")
 
 
 class ShapesTraining:
@@ -112,27 +122,27 @@ class ShapesTraining:
         self._distil("distillation", "consistency", self.recipe.distillation, self.recipe.distillation_loop)
 
     def adversarial(self) -> None:
-        recipe = self.recipe
-        self._distil("adversarial", "distillation", recipe.adversarial, recipe.adversarial_loop, keeps_score=True)
+        self._distil("adversarial", "distillation", self.recipe.adversarial, self.recipe.adversarial_loop)
 
     def one_step(self) -> None:
-        self._distil("one_step", "adversarial", self.recipe.one_step, self.recipe.one_step_loop, keeps_score=True)
+        self._distil("one_step", "adversarial", self.recipe.one_step, self.recipe.one_step_loop)
 
     def matching(self) -> None:
-        self._distil("matching", "one_step", self.recipe.matching, self.recipe.matching_loop, keeps_score=True)
+        self._distil("matching", "one_step", self.recipe.matching, self.recipe.matching_loop)
 
-    def _distil(
-        self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings, keeps_score: bool = False
-    ) -> None:
+    def _distil(self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings) -> None:
         """Train the student that the stage before has left, and its network for the fakes' score or a new one."""
         teacher, student = (
             SanaTransformer2DModel.from_pretrained(self._result(name, "transformer")) for name in ("guidance", before)
         )
-        fake_score = SanaTransformer2DModel.from_pretrained(self._result(before, "fake_score")) if keeps_score else None
+        left = self.folder / before / "fake_score"
+        fake_score = SanaTransformer2DModel.from_pretrained(left) if left.is_dir() else None
         # The discriminator is drawn at random.
         torch.manual_seed(loop.seed)
-        objective = Distillation(teacher, self.flow_data().to(self.device), settings, student, fake_score)
-        results = {"transformer": train(objective, loop, self._run(stage), stage, self.device)}
+        data = self.flow_data().to(self.device)
+        began_with = sources(data, teacher=teacher, student=student)
+        objective = Distillation(teacher, data, settings, student, fake_score)
+        results = {"transformer": train(objective, loop, self._run(stage), stage, self.device, sources=began_with)}
         if objective.fake_score is not None:
             results["fake_score"] = objective.fake_score
         self._keep(stage, **results)
@@ -148,22 +158,18 @@ class ShapesTraining:
         return picture_pool(self.folder / "pool", recipe.num_pictures, recipe.picture_size, recipe.pool_seed)
 
     def _assemble(self) -> None:
-        checkpoint = self.folder / "checkpoint"
-        partial = self.folder / "checkpoint.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        transformer = SanaTransformer2DModel.from_pretrained(
-            self._result("matching", "transformer"), torch_dtype=torch.bfloat16
-        )
-        save_network(transformer, partial / "transformer")
-        save_network(self._vae("decoder", torch.bfloat16), partial / "vae")
+        student = self._result("matching", "transformer")
         tokenizer, text_encoder = self._language(torch.bfloat16)
-        text_encoder.save_pretrained(partial / "text_encoder")
-        tokenizer.save_pretrained(partial / "tokenizer")
-        SCMScheduler().save_pretrained(partial / "scheduler")
-        write_json(partial / "model_index.json", _model_index())
-        write_json(partial / RECORD, self._record())
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        partial.rename(checkpoint)
+        with staged(self.folder / "checkpoint", force=True) as folder:
+            save_network(
+                SanaTransformer2DModel.from_pretrained(student, torch_dtype=torch.bfloat16), folder / "transformer"
+            )
+            save_network(self._vae("decoder", torch.bfloat16), folder / "vae")
+            text_encoder.save_pretrained(folder / "text_encoder")
+            tokenizer.save_pretrained(folder / "tokenizer")
+            write_scheduler(folder / "scheduler", "scm", flow_shift=None)
+            write_pipeline_index(folder, "scm", _CLASSES)
+            write_record(folder, self._record())
 
     def _record(self) -> dict[str, Any]:
         """The settings, versions and losses that made the checkpoint."""
@@ -188,20 +194,26 @@ class ShapesTraining:
 
     def flow_data(self) -> FlowData:
         """Latents and text features of the pool; computed once, then read from the folder."""
-        cache = self.folder / "flow" / "data.pt"
-        with self.processes.main_process_first():
-            if not cache.exists():
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                arrays = self._encoded()
-                write_whole(cache, lambda partial: torch.save(arrays, partial))
-        return FlowData(*torch.load(cache, weights_only=True))
-
-    def _encoded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        pool = self._pool()
-        vae = self._vae("autoencoder", torch.float32).to(self.device, memory_format=torch.channels_last)
-        latents = encode_pictures(vae, pool.pictures) * vae.config.scaling_factor
+        recipe, vae = self.recipe, self._vae("autoencoder", torch.float32)
         tokenizer, text_encoder = self._language(torch.float32)
-        return latents, *encode_captions(tokenizer, text_encoder, pool.captions, self.recipe.max_caption_tokens)
+        made_from = {
+            **{name: getattr(recipe, name) for name in _OF_THE_DATA},
+            "autoencoder": network_digest(vae),
+            "text_encoder": network_digest(text_encoder),
+        }
+        path = self.folder / "flow" / "data.pt"
+        with self.processes.main_process_first():
+            kept = made_once(path, made_from, lambda: self._encoded(vae, tokenizer, text_encoder))
+        return FlowData(kept["latents"], kept["captions"], kept["masks"])
+
+    def _encoded(
+        self, vae: AutoencoderDC, tokenizer: GemmaTokenizer, text_encoder: Gemma2Model
+    ) -> dict[str, torch.Tensor]:
+        pool = self._pool()
+        vae = vae.to(self.device, memory_format=torch.channels_last)
+        latents = encode_pictures(vae, pool.pictures) * vae.config.scaling_factor
+        captions, masks = encode_captions(tokenizer, text_encoder, pool.captions, self.recipe.max_caption_tokens)
+        return {"latents": latents, "captions": captions, "masks": masks}
 
     def _keep(self, stage: str, **results: Any) -> None:
         """Write the results of a stage, by name."""
@@ -219,15 +231,3 @@ class ShapesTraining:
         if not path.is_dir():
             raise ValueError(f"stage {stage!r} has left no result in {path}: run it first")
         return path
-
-
-def _model_index() -> dict[str, Any]:
-    return {
-        "_class_name": "SanaSprintPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "SCMScheduler"],
-        "text_encoder": ["transformers", "Gemma2Model"],
-        "tokenizer": ["transformers", "GemmaTokenizer"],
-        "transformer": ["diffusers", "SanaTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderDC"],
-    }

@@ -9,7 +9,6 @@ from transformers import Gemma2Model, GemmaTokenizer
 
 from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.conditioning.edges import edges
-from sana_sprint.files import write_whole
 from sana_sprint.shapes.captions import are_words_held_out, describe_colours
 from sana_sprint.shapes.sampler import Example
 from sana_sprint.training.autoencoder import encode_pictures
@@ -19,6 +18,7 @@ from sana_sprint.training.control_rescaling import ControlRescaling
 from sana_sprint.training.data import picture_pool, pool_examples
 from sana_sprint.training.export import export_network, record_of
 from sana_sprint.training.flow import FlowData, encode_captions
+from sana_sprint.training.identity import made_once, network_digest, sources
 from sana_sprint.training.loop import train
 from sana_sprint.training.origin import Origin
 from sana_sprint.training.recipes.shapes_control import ShapesControlRecipe
@@ -26,6 +26,8 @@ from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 _STAGES = ("control", "distillation", "rescaling")
+# Settings of a recipe that its latents and texts are made by.
+_OF_THE_DATA = ("num_pictures", "picture_size", "pool_seed", "max_caption_tokens", "colour_caption_share")
 
 
 def caption_by_colours(example: Example, rng: np.random.Generator) -> str:
@@ -94,44 +96,49 @@ class ShapesControlTraining:
         control = SanaControlNetModel.from_pretrained(self._result("control"))
         # A discriminator would be drawn at random.
         torch.manual_seed(recipe.distillation_loop.seed)
-        data = self.data().to(self.device)
-        objective = ControlDistillation(self.teacher.load(), control, self._distilled(), data, recipe.distillation)
-        run = self._run("distillation")
-        average = train(objective, recipe.distillation_loop, run, "control distillation", self.device)
+        data, teacher, student = self.data().to(self.device), self.teacher.load(), self._distilled()
+        began_with = sources(data, teacher=teacher, control=control, student=student)
+        objective = ControlDistillation(teacher, control, student, data, recipe.distillation)
+        run, title = self._run("distillation"), "control distillation"
+        average = train(objective, recipe.distillation_loop, run, title, self.device, sources=began_with)
         self._keep("distillation", average)
 
     def rescaling(self) -> None:
         """Teach it to draw at scale 1 as it does at the scales that are best."""
         recipe = self.recipe
         control = SanaControlNetModel.from_pretrained(self._result("distillation"))
-        objective = ControlRescaling(self._distilled(), control, self.data().to(self.device), recipe.rescaling)
-        self._keep(
-            "rescaling", train(objective, recipe.rescaling_loop, self._run("rescaling"), "rescaling", self.device)
-        )
+        data, student = self.data().to(self.device), self._distilled()
+        began_with = sources(data, control=control, student=student)
+        objective = ControlRescaling(student, control, data, recipe.rescaling)
+        run, title = self._run("rescaling"), "rescaling"
+        average = train(objective, recipe.rescaling_loop, run, title, self.device, sources=began_with)
+        self._keep("rescaling", average)
 
     def _distilled(self) -> SanaTransformer2DModel:
         return SanaTransformer2DModel.from_pretrained(self.student / "transformer", torch_dtype=torch.float32)
 
     def data(self) -> FlowData:
         """Latents and texts of pictures, and latents of their edges; computed once, then read from the folder."""
-        cache = self.folder / "data.pt"
+        vae = AutoencoderDC.from_pretrained(self.student / "vae", torch_dtype=torch.float32).eval()
+        text_encoder = Gemma2Model.from_pretrained(self.student / "text_encoder", dtype=torch.float32)
+        made_from = {
+            **{name: getattr(self.recipe, name) for name in _OF_THE_DATA},
+            "autoencoder": network_digest(vae),
+            "text_encoder": network_digest(text_encoder),
+        }
         with self.processes.main_process_first():
-            if not cache.exists():
-                arrays = self._encoded()
-                write_whole(cache, lambda partial: torch.save(arrays, partial))
-        return FlowData(**torch.load(cache, weights_only=True))
+            kept = made_once(self.folder / "data.pt", made_from, lambda: self._encoded(vae, text_encoder))
+        return FlowData(kept["latents"], kept["captions"], kept["masks"], controls=kept["controls"])
 
-    def _encoded(self) -> dict[str, torch.Tensor]:
+    def _encoded(self, vae: AutoencoderDC, text_encoder: Gemma2Model) -> dict[str, torch.Tensor]:
         recipe = self.recipe
         pool = picture_pool(self.folder / "pool", recipe.num_pictures, recipe.picture_size, recipe.pool_seed)
         drawings = np.stack([np.asarray(edges(picture)) for picture in pool.pictures])
-        vae = AutoencoderDC.from_pretrained(self.student / "vae", torch_dtype=torch.float32)
-        vae = vae.eval().to(self.device, memory_format=torch.channels_last)
+        vae = vae.to(self.device, memory_format=torch.channels_last)
         latents, controls = (
             encode_pictures(vae, pictures) * vae.config.scaling_factor for pictures in (pool.pictures, drawings)
         )
         tokenizer = GemmaTokenizer.from_pretrained(self.student / "tokenizer")
-        text_encoder = Gemma2Model.from_pretrained(self.student / "text_encoder", dtype=torch.float32)
         captions, masks = encode_captions(tokenizer, text_encoder, self.captions(), recipe.max_caption_tokens)
         return {"latents": latents, "captions": captions, "masks": masks, "controls": controls}
 

@@ -10,6 +10,7 @@ from sana_sprint.training.datasets.captions import CaptionChoice
 from sana_sprint.training.datasets.source import LatentSource
 from sana_sprint.training.distillation import Distillation, DistillationSettings
 from sana_sprint.training.export import export, record_of
+from sana_sprint.training.identity import sources
 from sana_sprint.training.loop import Validation, train
 from sana_sprint.training.origin import Origin, open_cache
 from sana_sprint.training.settings import LoopSettings, Precision
@@ -114,9 +115,10 @@ def train_sprint(
     data = open_cache(recipe.data, recipe.captions, teacher)
     # The first layer of the guidance embedding and the discriminator are drawn at random.
     torch.manual_seed(recipe.loop.seed)
+    began_with = sources(data, teacher=teacher)
     objective = sprint_objective(recipe, teacher, data.to(device))
     run = output / "run"
-    student = train(objective, recipe.loop, run, "distillation", device, validate)
+    student = train(objective, recipe.loop, run, "distillation", device, validate, began_with)
     checkpoint = output / "checkpoint"
     if PartialState().is_main_process:
         record = record_of(recipe, {"distillation": run / "log.jsonl"}, device)

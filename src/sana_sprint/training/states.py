@@ -28,7 +28,7 @@ class StateFolder:
         """The newest state, if there is one.
 
         Args:
-            settings: the present run's; those of the state, under the same name, must be equal.
+            settings: the present run's, and what it learns from; those of the state, by name, must be equal.
 
         Raises:
             ValueError: if they are not.
@@ -41,8 +41,8 @@ class StateFolder:
         changed = sorted(name for name in names if state["settings"].get(name) != settings.get(name))
         if changed:
             raise ValueError(
-                f"{self.folder} belongs to a run with other settings ({', '.join(changed)}); choose another output"
-                " folder or remove it"
+                f"{self.folder} belongs to a run with other settings or data ({', '.join(changed)}); choose another"
+                " output folder or remove it"
             )
         return state
 

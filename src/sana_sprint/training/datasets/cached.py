@@ -4,6 +4,7 @@ B examples of one process, C channels, h w latent grid, L tokens of the longest 
 """
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class CachedLatents:
 
     def __init__(self, folder: Path, choice: CaptionChoice = _ALL_ALIKE, device: torch.device | str = "cpu") -> None:
         description = CacheDescription.read(folder)
+        self.description = description
         self.control = description.control
         paths = [description.shard_path(folder, shard) for shard in range(description.num_shards)]
         missing = [path for path in [empty_text_path(folder), *paths] if not path.is_file()]
@@ -69,6 +71,10 @@ class CachedLatents:
         moved = copy.copy(self)
         moved.device = device
         return moved
+
+    def identity(self) -> str:
+        """Changes with what the cache was made from and with how a caption is drawn, not with where the cache lies."""
+        return hashlib.sha256(f"{self.description} {self.choice}".encode()).hexdigest()[:16]
 
     def empty_caption(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (B, K, width) and mask (B, K) of the empty caption, `size` times."""

@@ -49,5 +49,8 @@ class LatentSource(Protocol):
     def empty_caption(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (B, K, width) and mask (B, K) of the empty caption, `size` times."""
 
+    def identity(self) -> str:
+        """A few digits that change with what the batches are made of."""
+
     def to(self, device: torch.device) -> "LatentSource":
         """The same source, with its batches on a device."""
