@@ -14,6 +14,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from sana_sprint.checkpoints.staging import staged
+
 DESTINATION = Path(__file__).parent.parent / "src" / "sana_sprint" / "assets" / "shapes-base"
 SCHEDULER = DESTINATION / "scheduler" / "scheduler_config.json"
 
@@ -99,11 +101,18 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: d
     return "\n\n".join(["# shapes-base", *filled, score_table(evaluation, timetables)]) + "\n"
 
 
+def replace_folder(destination: Path, source: Path) -> None:
+    """A copy of a checkpoint in the place of another, which stays where it is until the copy is whole."""
+    with staged(destination, force=True) as folder:
+        shutil.copytree(source, folder)
+        for file in folder.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+
+
 def install(checkpoint: Path, search: Path | None) -> None:
     """Replace the embedded checkpoint; what a timestep search has found best goes into its scheduler's config."""
     timetables = json.loads(search.read_text(encoding="utf-8"))["best"] if search else {}  # before anything is removed
-    shutil.rmtree(DESTINATION, ignore_errors=True)
-    shutil.copytree(checkpoint, DESTINATION)
+    replace_folder(DESTINATION, checkpoint)
     if timetables:
         config = json.loads(SCHEDULER.read_text(encoding="utf-8"))
         content = json.dumps({**config, "_timesteps": timetables}, indent=2)

@@ -7,13 +7,12 @@ python scripts/embed_controlnet.py runs/shapes_control/controlnet --scores runs/
 
 import argparse
 import json
-import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from embed_checkpoint import DESTINATION as CHECKPOINT
-from embed_checkpoint import table
+from embed_checkpoint import replace_folder, table
 
 DESTINATION = CHECKPOINT.parent / "shapes-control"
 
@@ -64,8 +63,7 @@ def main() -> None:
     # Before anything is removed.
     record = json.loads((options.controlnet / "training.json").read_text(encoding="utf-8"))
     card = model_card(record, json.loads(options.scores.read_text(encoding="utf-8")))
-    shutil.rmtree(DESTINATION, ignore_errors=True)
-    shutil.copytree(options.controlnet, DESTINATION)
+    replace_folder(DESTINATION, options.controlnet)
     (DESTINATION / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {DESTINATION}")
 

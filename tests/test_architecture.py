@@ -20,6 +20,7 @@ RANKS = {
     "plugin": 0,
     "sizes": 0,
     "files": 0,
+    "pictures": 0,
     "text": 1,
     "transformer": 1,
     "trigflow": 1,

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sana_sprint.evaluation.folders import PictureFolder, check_one_size, read_captions
 
@@ -48,6 +48,18 @@ def test_pictures_of_two_sizes_are_named_before_any_is_read_unless_they_are_cut(
     with pytest.raises(ValueError, match=r"a\.png has 8x8 pixels and .*b\.png 8x16"):
         check_one_size(ours, theirs)
     check_one_size(PictureFolder(tmp_path / "ours", 4), PictureFolder(tmp_path / "theirs", 4))
+
+
+def test_pictures_are_upright_and_on_white_where_they_are_transparent(tmp_path):
+    sideways = Image.Exif()
+    sideways[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (8, 4), (200, 0, 0)).save(tmp_path / "a.jpg", exif=sideways)
+    Image.new("RGBA", (4, 8), (200, 0, 0, 0)).save(tmp_path / "b.png")
+    folder = PictureFolder(tmp_path)
+    check_one_size(folder)
+    turned, transparent = folder
+    assert turned.shape == transparent.shape == (8, 4, 3)
+    assert (transparent == 255).all()
 
 
 def test_folders_without_pictures_and_broken_pictures_are_named(tmp_path):

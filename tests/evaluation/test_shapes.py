@@ -1,6 +1,7 @@
 """Scores of drawing functions whose pictures are known."""
 
 import numpy as np
+import pytest
 
 from sana_sprint.evaluation.shapes import DistanceToRenderings, held_out_captions, score_drawing
 from sana_sprint.shapes.captions import is_held_out, parse
@@ -23,6 +24,12 @@ def test_the_renderer_itself_scores_one():
 def test_empty_pictures_score_nothing():
     scores = score_drawing(lambda captions, _: [np.full((64, 64, 3), 128, np.uint8)] * len(captions), num_captions=60)
     assert scores == dict.fromkeys((*CATEGORIES, "overall"), 0.0)
+
+
+def test_more_captions_than_there_are_end_with_the_category_that_has_no_more(monkeypatch):
+    monkeypatch.setattr("sana_sprint.evaluation.shapes._MOST_IN_VAIN", 3)
+    with pytest.raises(ValueError, match="2000 captions are too many: of category single_object there are hardly more"):
+        held_out_captions(2000, seed=3)
 
 
 def test_held_out_captions_are_distinct_balanced_and_always_the_same():

@@ -1,5 +1,6 @@
 """One call to a pipeline that fits, drawn with for real, on the CPU."""
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from sana_sprint import (
     embedded_checkpoint,
     load_pipeline,
 )
-from sana_sprint.memory.loading import load_as_planned
+from sana_sprint.memory.loading import budget_of, load_as_planned
 from sana_sprint.memory.planner import ARRANGEMENTS, Arrangement, Budget, all_plans
 from sana_sprint.quantisation.layers import Linear8bit, quantised_layers
 
@@ -214,3 +215,52 @@ def test_other_pipelines_are_made_of_one_that_was_loaded_as_planned(arrangement,
     networks = [pipe.text_encoder, pipe.transformer, pipe.vae]
     assert {network.dtype for network in networks} == {torch.bfloat16}
     assert networks == [redraw.text_encoder, redraw.transformer, redraw.vae]
+
+
+# What accelerate says is free: of a CPU alone, beside a GPU, on a Mac, and where a GPU shares the machine's memory.
+FREE = {"cpu": {"cpu": 9}, "gpu": {0: 5, 1: 6, "cpu": 9}, "mac": {"mps": 8}, "shared": {0: 7}}
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "memory", "ram", "budget"),
+    [
+        ("cpu", "cpu", None, None, Budget(None, 9)),
+        ("cpu", "cpu", 3, None, Budget(None, 3)),
+        ("gpu", "cuda", None, None, Budget(5, 9)),
+        ("gpu", "cuda:1", None, 2, Budget(6, 2)),
+        ("gpu", "cuda", 3, None, Budget(3, None)),
+        ("mac", "cpu", None, None, Budget(None, 8)),
+        ("shared", "cpu", None, None, Budget(None, 7)),
+        ("shared", "cuda", None, None, Budget(7, None)),
+    ],
+)
+def test_the_budget_is_what_is_said_or_what_is_free(machine, device, memory, ram, budget, monkeypatch):
+    monkeypatch.setattr("sana_sprint.memory.loading.get_max_memory", lambda: FREE[machine])
+    assert budget_of(torch.device(device), memory, ram) == budget
+
+
+@pytest.mark.parametrize(
+    ("device", "ram", "message"),
+    [
+        ("mps", None, "not for mps"),
+        ("cpu", 2, "ram is the machine's memory beside a GPU"),
+        ("cuda:4", None, "the memory of cuda:4 is not known: give memory"),
+    ],
+)
+def test_a_budget_that_cannot_be_known_is_refused(device, ram, message, monkeypatch):
+    monkeypatch.setattr("sana_sprint.memory.loading.get_max_memory", lambda: FREE["gpu"])
+    with pytest.raises(ValueError, match=message):
+        budget_of(torch.device(device), None, ram)
+
+
+def test_the_plan_is_made_of_the_files_that_are_loaded(tmp_path):
+    digest = "0" * 40
+    repository = tmp_path / "models--somebody--shapes"
+    shutil.copytree(embedded_checkpoint(), repository / "snapshots" / digest)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "small").write_text(digest)
+    options = {"cache_dir": tmp_path, "revision": "small", "local_files_only": True}
+    pipe = load_pipeline("somebody/shapes", device="cpu", memory="4GB", **options)
+    assert drawn(pipe).shape == (1, 3, 64, 64)
+    with pytest.raises(OSError, match="somebody/shapes"):
+        load_pipeline("somebody/shapes", device="cpu", memory="4GB", cache_dir=tmp_path, local_files_only=True)

@@ -21,6 +21,23 @@ GIB = 2**30
 
 
 @pytest.mark.parametrize(
+    ("asked", "bins", "drawn"),
+    [((None, None), True, (1024, 1024)), ((512, 512), True, (1024, 1024)), ((512, 512), False, (512, 512)),
+     ((1080, 1920), True, (768, 1344))],
+)  # fmt: skip
+def test_what_is_planned_for_is_the_size_that_a_call_draws(sprint, asked, bins, drawn):
+    workload = Workload.of_call(sprint.configs, *asked, use_resolution_binning=bins, batch_size=2)
+    assert (workload.height, workload.width, workload.batch_size) == (*drawn, 2)
+
+
+def test_a_size_that_no_call_draws_is_not_planned_for(sprint, small):
+    with pytest.raises(ValueError, match="must be multiples of 32, got 500x512"):
+        Workload.of_call(sprint.configs, 500, 512, use_resolution_binning=False)
+    with pytest.raises(ValueError, match="must be multiples of 8, got 60x64"):
+        Workload.of_call(small.configs, 60, 64)
+
+
+@pytest.mark.parametrize(
     ("vram", "expected"),
     [
         (24, Arrangement(16, "resident")),
@@ -80,7 +97,7 @@ def test_bits_that_were_asked_for_are_kept(sprint):
 def test_where_nothing_fits_the_least_that_is_needed_is_said(sprint):
     with pytest.raises(ValueError, match=r"no arrangement fits 1\.07 GB: the smallest, 16-bit, group offload, takes"):
         best_plan(all_plans(sprint, Budget(GIB)))
-    with pytest.raises(ValueError, match=r"the smallest, 4-bit, resident, takes \d\.\d\d GB; draw smaller"):
+    with pytest.raises(ValueError, match=r"the smallest, 4-bit, resident, takes \d\.\d\d GB; draw fewer"):
         best_plan(all_plans(sprint, Budget(None, GIB)))
 
 

@@ -1,5 +1,7 @@
 """Bytes counted without weights against bytes of the real networks."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,7 +17,7 @@ from sana_sprint import (
     SanaTransformer2DModel,
     embedded_checkpoint,
 )
-from sana_sprint.memory.configs import PUBLISHED, controlnet_class, read_configs, read_controlnet
+from sana_sprint.memory.configs import PUBLISHED, PipelineConfigs, controlnet_class, read_configs, read_controlnet
 from sana_sprint.memory.stages import (
     INSTRUCTION_TOKENS,
     Networks,
@@ -238,3 +240,30 @@ def test_four_bits_unpack_one_matrix_at_a_time(small):
     largest = max(p.numel() for name, p in small.transformer.named_parameters() if "conv_inverted.weight" in name)
     assert unpacked_bytes(small.transformer, 4) == 2 * largest
     assert unpacked_bytes(small.transformer, 8) == unpacked_bytes(small.transformer, 16) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({"load_in_8bit": True}, 8),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4),
+        ({"quant_method": "quanto", "weights_dtype": "int8"}, 8),
+        ({"quant_method": "quanto", "weights_dtype": "int4"}, 4),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, 8),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Float8WeightOnlyConfig"}}}, 8),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}, 4),
+        ({"quant_method": "of tomorrow"}, 16),
+    ],
+)
+def test_bits_of_a_quantised_checkpoint_are_those_that_its_config_names(settings, bits):
+    configs = PipelineConfigs({"quantization_config": settings}, {}, None)
+    assert configs.stored_bits() == {"transformer": bits}
+
+
+def test_networks_are_gone_with_the_last_who_asked_them():
+    networks = Networks(read_configs(embedded_checkpoint()), Workload(height=64, width=64))
+    networks.decode_bytes()
+    seen = weakref.ref(networks)
+    del networks
+    gc.collect()
+    assert seen() is None

@@ -119,6 +119,16 @@ def test_an_interrupted_call_returns_the_estimate_of_its_last_step(either, short
     assert_close(stopped, one_step, atol=1e-6, rtol=0)  # float32, for the flow by way of other sums
 
 
+def test_an_interrupted_call_that_was_edited_returns_an_estimate_and_no_noise(either, short, seeded):
+    def edit_and_stop(pipe, _index, _timestep, tensors):
+        pipe._interrupt = True
+        return {"latents": tensors["latents"] + 5}
+
+    stopped = either(CIRCLE, **short, generator=seeded(0), callback_on_step_end=edit_and_stop).images
+    one_step = either(CIRCLE, **short, num_inference_steps=1, generator=seeded(0)).images
+    assert_close(stopped, one_step, atol=1e-6, rtol=0)  # as above
+
+
 class Halve(PipelineCallback):
     """Halves the latents after each step."""
 

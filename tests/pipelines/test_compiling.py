@@ -192,6 +192,11 @@ def test_pictures_that_calls_start_from_are_asked_for_before_anything_is_done(ma
         compiled(pipe, drawing=ring())
     with pytest.raises(ValueError, match="the warm-up chooses height and prompt itself: say sizes"):
         compiled(pipe, height=64, prompt=PROMPTS[0])
+    pictures = {"image": ring(), "control_image": ring()}
+    for wrong, message in (({"strength": 2}, "strength"), ({"guidance_scale": float("nan")}, "guidance_scale")):
+        with pytest.raises(ValueError, match=message):
+            compiled(pipe, **pictures, **wrong)
+        assert "draw" not in vars(pipe)
     pipe.controlnet = None
     with pytest.raises(ValueError, match="cannot be compiled: it has no controlnet"):
         compiled(pipe)

@@ -49,13 +49,16 @@ def test_a_trained_one_changes_the_picture_with_its_drawing_and_its_scale(
     "off", [{"controlnet_conditioning_scale": 0}, {"control_guidance_start": 0.6}, {"control_guidance_end": 0.4}]
 )
 def test_a_controlnet_that_never_counts_is_not_run_and_the_picture_is_the_base_models(
-    control_kind, make_controlled, beginning, sketch, off
+    control_kind, make_controlled, beginning, sketch, off, caplog
 ):
     pipe = make_controlled(control_kind)
     runs, encoded = runs_of(pipe.controlnet), runs_of(pipe.vae.encoder)
     assert torch.equal(sketch(pipe, **beginning, **off), sketch(make_controlled(BASES[control_kind]), **beginning))
     assert runs == []
     assert len(encoded) == len(beginning) // 2  # of the picture only
+    # Who asks for a scale of 0 knows it.
+    told = ["a drawing has no effect" in record.getMessage() for record in caplog.records]
+    assert told == [True] * ("controlnet_conditioning_scale" not in off)
 
 
 @pytest.mark.parametrize(

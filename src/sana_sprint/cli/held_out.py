@@ -115,9 +115,10 @@ def open_artist(
 
     model = find_model(options.model)
     device = choose_device(options.device)
+    held_out = held_out_captions(options.num_captions, options.seed)
     fitting = Fitting(options.quantization)
     pipe = load(model, device, choose_dtype(options.dtype, device), fitting, False, kind, controlnet)
-    return Artist(model, pipe, options, held_out_captions(options.num_captions, options.seed))
+    return Artist(model, pipe, options, held_out)
 
 
 def warn_if_few(num_pictures: int, num_features: int) -> None:

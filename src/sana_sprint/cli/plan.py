@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vram", type=amount, metavar="SIZE", help="memory of the GPU, such as 8GiB (this machine's)")
     parser.add_argument("--ram", type=amount, metavar="SIZE", help="memory of the machine (this machine's)")
     parser.add_argument("--cpu", action="store_true", help="plan for a machine without a GPU")
-    parser.add_argument("--size", type=size, metavar="WxH", help="pixels of the pictures (those of the model)")
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="WxH",
+        help="pixels of the pictures; planned is the nearest size of the model (that of the model)",
+    )
     parser.add_argument(
         "--batch", type=whole_number(1), default=1, metavar="N", help="pictures drawn at once (%(default)s)"
     )
@@ -119,15 +124,16 @@ def run(options: argparse.Namespace) -> None:
         has_gpu = not options.cpu and bool(options.vram or torch.cuda.is_available())
         memory = options.vram if has_gpu else options.ram
         budget = budget_of(torch.device("cuda" if has_gpu else "cpu"), memory, options.ram if has_gpu else None)
-        width, height = options.size or (configs.picture_size,) * 2
-        workload = Workload(
-            width=width, height=height, batch_size=options.batch, starts_from_picture=options.init_image
+        width, height = options.size or (None, None)
+        workload = Workload.of_call(
+            configs, height, width, batch_size=options.batch, starts_from_picture=options.init_image
         )
         plans = all_plans(Networks(configs, workload), budget)
     if options.json:
         documents = [document(plan) for plan in plans]
         chosen = next((index for index, plan in enumerate(plans) if plan.fits), None)
-        print(json.dumps({"width": width, "height": height, "plans": documents, "chosen": chosen}, indent=2))
+        drawn = {"width": workload.width, "height": workload.height}
+        print(json.dumps({**drawn, "plans": documents, "chosen": chosen}, indent=2))
     else:
         print("\n".join(table(plans)))
     best = best_plan(plans)  # says what is missing where nothing fits

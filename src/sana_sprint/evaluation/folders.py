@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from sana_sprint.pictures import decode_picture, open_picture, seen_size
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class PictureFolder:
     """The pictures in a folder and in the folders below it, in the order of their names.
 
-    Iterating reads them, (H, W, 3) uint8 each: as they are, or the square of `size` pixels in their middle. The square
-    is as SANA's evaluation has it: the shorter side becomes `size`, and the longer is cut on both ends.
+    Iterating reads them, (H, W, 3) uint8 each, upright and on white where they are transparent: as large as they are,
+    or the square of `size` pixels in their middle. The square is as SANA's evaluation has it: the shorter side becomes
+    `size`, and the longer is cut on both ends.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -40,19 +43,19 @@ class PictureFolder:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Raises ValueError, with the file's name, at one that is no picture or a broken one."""
         for path in self.paths:
-            with _opened(path) as image:
-                pixels = image.convert("RGB")
+            with _named(path):
+                pixels = decode_picture(path.read_bytes())
             if self.size is not None:
                 pixels = ImageOps.fit(pixels, (self.size, self.size), Image.Resampling.BILINEAR)
             yield np.asarray(pixels)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _named(path: Path) -> Iterator[None]:
+    """Inside, an error of reading a picture names its file."""
     try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError) as error:
+        yield
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
 
 
@@ -60,8 +63,8 @@ def check_one_size(*folders: PictureFolder) -> None:
     """Reads the headers of all pictures, and raises ValueError, naming two, unless all are of one size."""
     sizes: dict[tuple[int, int], Path] = {}
     for path in (path for folder in folders if folder.size is None for path in folder.paths):
-        with _opened(path) as image:
-            sizes.setdefault(image.size, path)
+        with _named(path), path.open("rb") as stream, open_picture(stream) as image:
+            sizes.setdefault(seen_size(image), path)
         if len(sizes) > 1:
             (width, height), (other_width, other_height) = sizes
             first, second = sizes.values()

@@ -18,6 +18,8 @@ from sana_sprint.shapes.scenes import CATEGORIES, Request, complete
 # Captions to pictures (H, W, 3) uint8, one each, in order; called with a batch of captions and the number drawn before.
 DrawCaptions = Callable[[Sequence[str], int], Sequence[np.ndarray]]
 
+_MOST_IN_VAIN = 500  # draws in a row of captions that are there already
+
 
 @dataclass(frozen=True)
 class HeldOutCaptions:
@@ -41,11 +43,23 @@ class HeldOutCaptions:
 
 
 def held_out_captions(num_captions: int, seed: int) -> HeldOutCaptions:
-    """Distinct held-out captions, the six categories in turn."""
+    """Distinct held-out captions, the six categories in turn.
+
+    Raises:
+        ValueError: for so many that a category has hardly a caption left.
+    """
     rng = np.random.default_rng(seed)
     chosen: dict[str, Request] = {}
+    in_vain = 0
     while len(chosen) < num_captions:
-        example = draw_example(rng, held_out=True, category=CATEGORIES[len(chosen) % len(CATEGORIES)])
+        category = CATEGORIES[len(chosen) % len(CATEGORIES)]
+        example = draw_example(rng, held_out=True, category=category)
+        in_vain = in_vain + 1 if example.caption in chosen else 0
+        if in_vain == _MOST_IN_VAIN:
+            raise ValueError(
+                f"{num_captions} captions are too many: of category {category} there are hardly more than the"
+                f" {len(chosen) // len(CATEGORIES)} that were found"
+            )
         chosen.setdefault(example.caption, example.request)
     return HeldOutCaptions(tuple(chosen), tuple(chosen.values()))
 

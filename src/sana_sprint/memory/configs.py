@@ -1,6 +1,7 @@
 """A model's name to the configs of its networks; nothing but JSON is read or fetched."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
+def _bits_of(settings: Mapping[str, Any]) -> int:
+    """Of quantised weights: bitsandbytes says them; of torchao and Quanto, the name of the numbers does."""
+    if settings.get("quant_method", "bitsandbytes") == "bitsandbytes":
+        return 8 if settings.get("load_in_8bit") else 4
+    named = re.search(r"(?:int|float|fp)(\d)", f"{settings.get('quant_type')} {settings.get('weights_dtype')}".lower())
+    # 16 is more than any of them takes.
+    return 16 if named is None else 8 if int(named[1]) > 4 else 4
+
+
 @dataclass(frozen=True)
 class PipelineConfigs:
     """What the networks of a pipeline are.
@@ -53,12 +63,22 @@ class PipelineConfigs:
     text_encoder: PretrainedConfig
     controlnet: dict[str, Any] | int | None = None
 
+    # Without an entry, what the classes have, which is what is published.
+
+    @property
+    def _cell_size(self) -> int:
+        """Pixels of a side of what one latent cell shows."""
+        return 2 ** (len(self.vae.get("encoder_block_out_channels", (None,) * 6)) - 1)
+
     @property
     def picture_size(self) -> int:
         """Pixels of a side of the pictures that the model was trained on."""
-        # Without an entry, that of the class, which is the published one.
-        stages = self.vae.get("encoder_block_out_channels", (None,) * 6)
-        return self.transformer.get("sample_size", 32) * 2 ** (len(stages) - 1)
+        return self.transformer.get("sample_size", 32) * self._cell_size
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width that are drawn are multiples of so many pixels."""
+        return self.transformer.get("patch_size", 1) * self._cell_size
 
     def stored_bits(self) -> dict[str, int]:
         """Bits of the weights of those networks that are quantised in the checkpoint already."""
@@ -67,21 +87,25 @@ class PipelineConfigs:
             "text_encoder": getattr(self.text_encoder, "quantization_config", None),
             "controlnet": self.controlnet.get("quantization_config") if isinstance(self.controlnet, dict) else None,
         }
-        return {name: 8 if found.get("load_in_8bit") else 4 for name, found in settings.items() if found}
+        return {name: _bits_of(found) for name, found in settings.items() if found}
 
 
-def read_configs(model: str | os.PathLike) -> PipelineConfigs:
+def read_configs(model: str | os.PathLike, **hub: Any) -> PipelineConfigs:
     """The configs of a pipeline: a folder, one of `PUBLISHED`, or another id on the hub.
+
+    Args:
+        model: the pipeline.
+        hub: options of `from_pretrained` that say how it is fetched, such as `revision` and `cache_dir`.
 
     Raises:
         OSError: if there is no such folder or model.
     """
-    if str(model) in PUBLISHED and not os.path.isdir(model):
+    if str(model) in PUBLISHED and not os.path.isdir(model) and hub.get("revision") is None:
         return PipelineConfigs(PUBLISHED[str(model)], _AUTOENCODER, Gemma2Config())
     return PipelineConfigs(
-        transformer=SanaTransformer2DModel.load_config(model, subfolder="transformer"),
-        vae=AutoencoderDC.load_config(model, subfolder="vae"),
-        text_encoder=AutoConfig.from_pretrained(model, subfolder="text_encoder"),
+        transformer=SanaTransformer2DModel.load_config(model, subfolder="transformer", **hub),
+        vae=AutoencoderDC.load_config(model, subfolder="vae", **hub),
+        text_encoder=AutoConfig.from_pretrained(model, subfolder="text_encoder", **hub),
     )
 
 
@@ -94,13 +118,13 @@ def controlnet_class(config: Mapping[str, Any]) -> type[SanaControlNetModel] | t
     return classes[name]
 
 
-def read_controlnet(model: str | os.PathLike, subfolder: str | None = None) -> dict[str, Any]:
-    """The config of a ControlNet: its folder or its id on the hub, or a subfolder of either.
+def read_controlnet(model: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> dict[str, Any]:
+    """The config of a ControlNet: its folder or its id on the hub, or a subfolder of either; `hub` as above.
 
     Raises:
         OSError: if there is no such folder or ControlNet.
         ValueError: if it is another network's.
     """
-    config = SanaControlNetModel.load_config(model, subfolder=subfolder)
+    config = SanaControlNetModel.load_config(model, subfolder=subfolder, **hub)
     controlnet_class(config)
     return config

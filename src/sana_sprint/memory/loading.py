@@ -23,6 +23,9 @@ from sana_sprint.sizes import byte_count
 # The argument `quantization` of `load_pipeline`.
 QUANTIZATIONS: dict[str, Bits] = {"8bit": 8, "4bit": 4, "none": 16}
 
+# Options of `from_pretrained` that say how files are fetched, from whatever repository.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+
 
 def load_pipeline(
     model: str | os.PathLike,
@@ -34,6 +37,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.bfloat16,
     height: int | None = None,
     width: int | None = None,
+    use_resolution_binning: bool = True,
     batch_size: int = 1,
     pipeline_class: type[SprintPipeline] = SanaSprintPipeline,
     controlnet: str | os.PathLike | None = None,
@@ -52,13 +56,14 @@ def load_pipeline(
             in the checkpoint stays as it is.
         device: Where to draw; None is the GPU if there is one, else the CPU.
         dtype: Of everything that is not quantised.
-        height, width: Of the largest pictures to be drawn, in pixels; None is what the model was trained on.
+        height, width, use_resolution_binning: As in the calls that are to follow, of the largest pictures.
         batch_size: The most pictures to be drawn at once.
         pipeline_class: Of the pipeline. For one that starts from pictures, or follows drawings, encoding these is
             planned for as well.
         controlnet: A ControlNet's folder, or its id on the hub, for a pipeline that follows drawings; it gets the bits
             of the transformer. None is the model's own.
-        **options: For the pipeline's `from_pretrained`, such as `revision` and `cache_dir`.
+        **options: For the pipeline's `from_pretrained`, such as `revision` and `cache_dir`. A ControlNet of another
+            repository gets those that say how files are fetched, and not the revision.
 
     Returns:
         A pipeline of that class.
@@ -70,22 +75,25 @@ def load_pipeline(
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)} or None, got {quantization!r}")
     device = _device() if device is None else torch.device(device)
-    configs = _configs(model, pipeline_class, controlnet)
-    side = configs.picture_size
-    size = Workload(
-        height=height or side,
-        width=width or side,
+    configs = _configs(model, pipeline_class, controlnet, options)
+    workload = Workload.of_call(
+        configs,
+        height,
+        width,
+        use_resolution_binning,
         batch_size=batch_size,
         starts_from_picture=issubclass(pipeline_class, FromImagePipeline),
         dtype=dtype,
     )
     budget = budget_of(device, *(None if amount is None else byte_count(amount) for amount in (memory, ram)))
-    plans = all_plans(Networks(configs, size), budget)
+    plans = all_plans(Networks(configs, workload), budget)
     plan = best_plan(plans, None if quantization is None else QUANTIZATIONS[quantization])
     return load_as_planned(model, plan, device, dtype, pipeline_class, controlnet, **options)
 
 
-def _configs(model: str | os.PathLike, pipeline_class: type[SprintPipeline], controlnet: Any) -> PipelineConfigs:
+def _configs(
+    model: str | os.PathLike, pipeline_class: type[SprintPipeline], controlnet: Any, options: dict[str, Any]
+) -> PipelineConfigs:
     """Of the networks that such a pipeline has; ValueError for a ControlNet that it has not, or that is loaded."""
     follows_drawings = issubclass(pipeline_class, ControlledPipeline)
     if controlnet is not None and not follows_drawings:
@@ -95,19 +103,39 @@ def _configs(model: str | os.PathLike, pipeline_class: type[SprintPipeline], con
             "controlnet must be a folder or an id on the hub, to be loaded as planned: one that is loaded goes with"
             f" {pipeline_class.__name__}.from_pipe(load_pipeline(...), controlnet=controlnet)"
         )
-    configs = read_configs(model)
+    here, elsewhere = _chosen(options, "revision", *_HUB_OPTIONS), _chosen(options, *_HUB_OPTIONS)
+    configs = read_configs(model, **here)
     if not follows_drawings:
         return configs
-    found = read_controlnet(model, "controlnet") if controlnet is None else read_controlnet(controlnet)
-    return replace(configs, controlnet=found)
+    if controlnet is None:
+        return replace(configs, controlnet=read_controlnet(model, "controlnet", **here))
+    return replace(configs, controlnet=read_controlnet(controlnet, **elsewhere))
+
+
+def _chosen(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names if name in options}
 
 
 def budget_of(device: torch.device, memory: int | None, ram: int | None = None) -> Budget:
-    """So many bytes on a device and on the machine; without a number for the device, what is free on both."""
+    """So many bytes on a device and on the machine; without a number for the device, what is free on both.
+
+    Raises:
+        ValueError: for `ram` beside a CPU, whose memory is the machine's, and for a device whose memory is not known.
+    """
+    if device.type == "mps":
+        raise ValueError("what fits is planned for CPUs and for GPUs with memory of their own, not for mps")
+    if device.type == "cpu" and ram is not None:
+        raise ValueError("ram is the machine's memory beside a GPU: where the CPU draws, say memory instead")
     if memory is not None:
         return Budget(None, memory) if device.type == "cpu" else Budget(memory, ram)
     free = get_max_memory()
-    return Budget(None, free["cpu"]) if device.type == "cpu" else Budget(free[device.index or 0], ram or free["cpu"])
+    if device.type == "cpu":
+        # A GPU that shares the machine's memory stands for both.
+        return Budget(None, free["cpu"] if "cpu" in free else min(free.values()))
+    found = free.get(device.index or 0)
+    if found is None:
+        raise ValueError(f"the memory of {device} is not known: give memory, such as '8GiB'")
+    return Budget(found, free.get("cpu") if ram is None else ram)
 
 
 def load_as_planned(
@@ -125,8 +153,9 @@ def load_as_planned(
         give_back_what_is_freed()
     quantizations = _quantizations(plan, dtype)
     if controlnet is not None:
-        options["controlnet"] = controlnet_class(read_controlnet(controlnet)).from_pretrained(
-            controlnet, torch_dtype=dtype, quantization_config=quantizations.pop("controlnet", None)
+        hub, quantization = _chosen(options, *_HUB_OPTIONS), quantizations.pop("controlnet", None)
+        options["controlnet"] = controlnet_class(read_controlnet(controlnet, **hub)).from_pretrained(
+            controlnet, torch_dtype=dtype, quantization_config=quantization, **hub
         )
     if quantizations:
         options["quantization_config"] = PipelineQuantizationConfig(quant_mapping=quantizations)

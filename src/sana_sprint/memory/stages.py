@@ -21,6 +21,7 @@ from sana_sprint.layers.feed_forward import PointwiseConv2d
 from sana_sprint.memory.configs import PipelineConfigs, controlnet_class
 from sana_sprint.memory.tracker import PeakBytes
 from sana_sprint.pipelines.controlled import check_fits
+from sana_sprint.pipelines.images import choose_canvas
 from sana_sprint.quantisation.layers import quantisable_layers
 from sana_sprint.quantisation.quantisers import is_exact
 from sana_sprint.text.prefix import Prefix, read_behind, read_prefix
@@ -48,6 +49,29 @@ class Workload:
     max_sequence_length: int = 300
     starts_from_picture: bool = False
     dtype: torch.dtype = torch.bfloat16
+
+    @classmethod
+    def of_call(
+        cls,
+        configs: PipelineConfigs,
+        height: int | None = None,
+        width: int | None = None,
+        use_resolution_binning: bool = True,
+        **others: Any,
+    ) -> "Workload":
+        """That of a pipeline's call, whose pictures are drawn in the nearest size that the model was trained on.
+
+        Raises:
+            ValueError: as the call does, for a size that cannot be drawn.
+        """
+        canvas = choose_canvas(
+            height,
+            width,
+            native_size=configs.picture_size,
+            multiple=configs.size_multiple,
+            use_bins=use_resolution_binning,
+        )
+        return cls(height=canvas.height, width=canvas.width, **others)
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -179,17 +203,26 @@ class Networks:
             latents, controlnet_cond=[latents] * nets, conditioning_scale=[1.0] * nets, return_dict=False, **inputs
         )[0]
 
-    @cache  # noqa: B019  (lives as long as the command or the loading that asks)
-    def encode_picture_bytes(self, tile: int | None = None) -> int:
-        """Of tensors at once while pictures are encoded, themselves included, in tiles or whole, weights apart."""
+    @cached_property
+    def encode_picture_bytes(self) -> Callable[..., int]:
+        """Of tensors at once while pictures are encoded, themselves included, in tiles or whole, weights apart.
+
+        A function of the tile's side in pixels, None for no tiles, which counts once for each.
+        """
+        return cache(self._encode_picture_bytes)
+
+    def _encode_picture_bytes(self, tile: int | None = None) -> int:
         config, ratio = self.vae.config, self.vae.spatial_compression_ratio
         batch_size, _, rows, columns = self._latents(config.latent_channels).shape
         pixels = self._empty(batch_size, config.in_channels, rows * ratio, columns * ratio)
         return pixels.nbytes + self._coding_bytes(self.vae.encode, pixels, tile, cell=ratio)
 
-    @cache  # noqa: B019  (as above)
-    def decode_bytes(self, tile: int | None = None) -> int:
-        """Of tensors at once while pictures are decoded, in tiles of so many pixels or whole, weights apart."""
+    @cached_property
+    def decode_bytes(self) -> Callable[..., int]:
+        """As above, while pictures are decoded."""
+        return cache(self._decode_bytes)
+
+    def _decode_bytes(self, tile: int | None = None) -> int:
         return self._coding_bytes(self.vae.decode, self._latents(self.vae.config.latent_channels), tile, cell=1)
 
     def _coding_bytes(

@@ -418,12 +418,13 @@ class SprintPipeline(PublishedPipeline, CodingPipeline):
                     break
                 self._step = index
                 latents, estimate = clock.step(network, index, latents, call.generator)
-                if index == len(timesteps) - 1:
+                is_last = index == len(timesteps) - 1
+                if is_last:
                     latents = estimate  # one tensor, so that a callback that edits it in place edits the result
                 if call.callback_on_step_end is not None:
-                    edited, conditioning = self._call_back(call, index, timestep, latents, conditioning)
-                    if edited is not latents:
-                        latents = estimate = edited
+                    latents, conditioning = self._call_back(call, index, timestep, latents, conditioning)
+                    if is_last:
+                        estimate = latents
                 progress.update()
         return clock.result(estimate)
 

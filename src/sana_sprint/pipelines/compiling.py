@@ -209,6 +209,38 @@ def _warming_up(pipe: SprintPipeline) -> Iterator[None]:
         pipe.set_progress_bar_config(**progress)
 
 
+@contextmanager
+def _checking(pipe: SprintPipeline) -> Iterator[None]:
+    """Inside, a call ends where its arguments are checked."""
+    pipe.__dict__["draw"] = pipe.check_inputs
+    try:
+        yield
+    finally:
+        del pipe.__dict__["draw"]
+
+
+def _draw(
+    pipe: Any,
+    size: tuple[int | None, int | None],
+    batch: int,
+    length: int,
+    num_steps: int,
+    call: Mapping[str, Any],
+    number: int = 0,
+) -> None:
+    """One call for a batch of texts of a length, which are other texts for another `number`."""
+    height, width = size
+    pipe(
+        **_text(pipe, length, batch, number),
+        height=height,
+        width=width,
+        num_inference_steps=num_steps,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent" if pipe.vae is None else "pt",
+        **call,
+    )
+
+
 def _warm_up(
     pipe: Any,
     sizes: Sequence[tuple[int | None, int | None]],
@@ -220,18 +252,11 @@ def _warm_up(
     longest = call.get("max_sequence_length", MAX_SEQUENCE_LENGTH)
     lengths = dict.fromkeys(min(length, longest) for length in pipe.text_lengths)
     numbers = count()
-    for (height, width), batch, length, num_steps in product(sizes, batch_sizes, lengths, steps):
+    for size, batch, length, num_steps in product(sizes, batch_sizes, lengths, steps):
         began = time.perf_counter()
         for _ in range(draws):
-            pipe(
-                **_text(pipe, length, batch, next(numbers)),
-                height=height,
-                width=width,
-                num_inference_steps=num_steps,
-                generator=torch.Generator().manual_seed(0),
-                output_type="latent" if pipe.vae is None else "pt",
-                **call,
-            )
+            _draw(pipe, size, batch, length, num_steps, call, next(numbers))
+        height, width = size
         logger.info(
             "warm-up: %s, batch %d, %d text tokens, %d steps: %.1f s",
             "native size" if height is None or width is None else f"{height}x{width} pixels",
@@ -305,8 +330,9 @@ def compile_pipeline(
     batches = [whole_number("batch_sizes", batch) for batch in batch_sizes]
     numbers_of_steps = [whole_number("steps", number) for number in steps]
     wanted: list[tuple[int | None, int | None]] = [(None, None)] if sizes is None else list(sizes)
-    for height, width in wanted:
-        pipe._choose_canvas(height, width, call.get("use_resolution_binning", True))
+    with _checking(pipe):
+        for size in wanted:
+            _draw(pipe, size, batches[0], lengths[0], numbers_of_steps[0], call)
 
     began = time.perf_counter()
     _compile_networks(pipe, settings)

@@ -3,6 +3,7 @@
 B pictures, C channels, H W latent grid.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
@@ -26,6 +27,8 @@ from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
 from sana_sprint.transformer.multi_control import SanaMultiControlNetModel, guidance_for
 from sana_sprint.transformer.residuals import ControlSamples, EarlyResiduals, scale_residuals, sum_residuals
+
+logger = logging.getLogger(__name__)
 
 # Entries of both configs that must be the same, for residuals to be those of the transformer's tokens.
 SHARED = ("in_channels", "patch_size", "caption_channels", "num_attention_heads", "attention_head_dim")
@@ -144,8 +147,16 @@ class ControlledPipeline(SprintPipeline):
         """The drawings that count at some step, encoded unless they were so in one of the last calls."""
         shown = []
         for drawing in call.drawings:
-            latents = None
-            if drawing.counts(self.num_timesteps):
+            latents, steps = None, self.num_timesteps
+            if drawing.scale and not drawing.counts(steps):
+                logger.warning(
+                    "a drawing has no effect: none of %d steps lies whole within control_guidance_start %g and"
+                    " control_guidance_end %g",
+                    steps,
+                    drawing.start,
+                    drawing.end,
+                )
+            if drawing.counts(steps):
                 rows = plan.rows("control_image", drawing.count)
                 latents = self._drawing_latents(drawing, plan.canvas).to(self.device_of("controlnet"))[rows]
             shown.append(ShownDrawing(drawing=drawing, latents=latents))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_sprint.training.datasets.pictures import decode_picture, fit_picture, picture_size
+from sana_sprint.pictures import decode_picture
+from sana_sprint.training.datasets.pictures import fit_picture, picture_size
 from sana_sprint.training.datasets.records import Span
 
 

@@ -14,11 +14,12 @@ from diffusers.image_processor import PixArtImageProcessor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from sana_sprint.pictures import decode_picture
 from sana_sprint.training.datasets.arrays import array_shape, read_array
 from sana_sprint.training.datasets.captions import Captions, read_captions
 from sana_sprint.training.datasets.folders import folder_records
 from sana_sprint.training.datasets.order import BucketOrder, first_good, read_part
-from sana_sprint.training.datasets.pictures import decode_picture, fit_picture, picture_size
+from sana_sprint.training.datasets.pictures import fit_picture, picture_size
 from sana_sprint.training.datasets.records import CONTENT_ENDINGS, LATENT_ENDING, Record, Span
 from sana_sprint.training.datasets.shards import shard_records
 from sana_sprint.training.datasets.skipped import Skipped
