@@ -61,6 +61,22 @@ def test_results_that_differ_are_printed_and_the_command_fails(capsys, monkeypat
     assert captured.err.splitlines()[-1].startswith("sana-sprint: error: ")
 
 
+def test_what_was_measured_before_a_failure_is_kept(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    make_pair = Twins.pair
+
+    def failing(self, names):
+        if "vae" in names:
+            raise torch.OutOfMemoryError("no memory")
+        return make_pair(self, names)
+
+    monkeypatch.setattr(Twins, "pair", failing)
+    assert main([*SMALL, "--cases", "step", "decode", "--output", str(tmp_path)]) == 2
+    assert "no memory" in capsys.readouterr().err
+    (document,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert [row["case"] for row in document["rows"]] == ["step"]
+
+
 def test_float8_is_told_of_in_title_and_document(capsys):
     pytest.importorskip("torchao", reason="torchao is not installed")
     assert main([*SMALL, "--cases", "step", "--float8"]) == 0

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from tiny_control import open_control
 
 from sana_sprint import (
+    AutoencoderDC,
     SanaControlNetModel,
     SanaSprintControlNetImg2ImgPipeline,
     SanaSprintControlNetPipeline,
@@ -26,7 +28,7 @@ from sana_sprint.cli.arguments import CONTROLS, NO_CONTROL
 from sana_sprint.cli.control import DEFAULT_CONTROL, DEFAULT_SCALE, Guide, find_controlnet
 from sana_sprint.cli.inputs import read_input
 from sana_sprint.cli.main import main
-from sana_sprint.cli.model import Fitting, find_model, load
+from sana_sprint.cli.model import Fitting, Model, find_model, load, seen_size
 from sana_sprint.cli.records import InputFile, read_record
 from sana_sprint.conditioning.table import CONTROLS as TABLE
 
@@ -192,6 +194,30 @@ def test_lines_are_found_as_large_as_they_are_drawn(tmp_path, edges):
     photo = read_input(tmp_path / "photo.png")
     shown = Guide(image=photo, control="edges", controlnet="", scale=1.0).drawing((96, 64))
     assert np.array_equal(shown, edges(photo.image.resize((96, 64), Image.Resampling.LANCZOS)))
+
+
+def test_lines_are_found_in_the_size_that_is_drawn_and_not_in_the_one_asked_for(tmp_path, model_folder):
+    for name in ("transformer", "vae", "text_encoder"):
+        (tmp_path / name).mkdir()
+        shutil.copy(Path(model_folder) / name / "config.json", tmp_path / name)
+    config = tmp_path / "transformer" / "config.json"
+    vae = AutoencoderDC.load_config(tmp_path / "vae")
+    ratio = 2 ** (len(vae["encoder_block_out_channels"]) - 1)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 1024 // ratio}))
+    model = Model(name="of 1024 pixels", folder=tmp_path, fingerprint="")
+    assert seen_size(model) == seen_size(model, (512, 512)) == (1024, 1024)
+    assert seen_size(model, (1024, 768)) == (1109, 832)  # of 1216x832
+    assert seen_size(replace(model, folder=Path(model_folder)), (96, 64)) == (96, 64)
+
+
+def test_a_pipelines_own_controlnet_is_found_beside_it(generate, model_folder, control_folder, tmp_path):
+    ring().save("ring.png")
+    shutil.copytree(model_folder, "both")
+    shutil.copytree(control_folder, "both/controlnet")
+    options = ("a", "--control-image", "ring.png", "--control", "none")
+    assert generate(*options, "--model", "both")[0] == 0
+    assert generate(*options, "--model", model_folder, "--controlnet", control_folder)[0] == 0
+    assert np.array_equal(pixels("a-0.png"), pixels("a-0-2.png"))
 
 
 def test_a_preview_is_what_the_controlnet_is_shown_and_overwrites_nothing(generate, control_folder, edges):

@@ -134,6 +134,11 @@ def test_there_and_back_on_the_command_line_is_the_identity(checkpoint, tmp_path
         (["empty.pth", "out"], "empty.pth is empty"),
         (["text.pth", "out"], "text.pth is no checkpoint"),
         (["text.pth", "out.pth"], "must not end in .pth"),
+        (["nobody/nothing/there.pth", "out.pth"], "must not end in .pth"),
+        (
+            ["nobody/nothing/there.pth", "empty.pth", "--to", "original"],
+            "empty.pth exists already; --force replaces it",
+        ),
         (["text.pth", "out", "--vae", "text.pth"], "not asked for"),
         (["text.pth", "out", "--dtype", "int4"], "int4"),
         (["text.pth", "out", "--shard-size", "big"], "'big'"),

@@ -55,6 +55,16 @@ def test_a_pipelines_folder_is_told_model_by_model(model_folder, capsys):
     ]
 
 
+def test_of_a_pipeline_settings_are_those_of_the_models_that_have_them(model_folder, capsys):
+    assert (
+        main(["inspect", model_folder, "--json", "--set", "timestep_scale=0.001", "--set", "scaling_factor=0.5"]) == 0
+    )
+    transformer, vae = json.loads(capsys.readouterr().out)
+    assert (transformer["config"]["timestep_scale"], vae["config"]["scaling_factor"]) == (0.001, 0.5)
+    assert main(["inspect", model_folder, "--set", "colour=1"]) == 2
+    assert "holds nothing with such a setting: colour" in capsys.readouterr().err
+
+
 def test_json_is_one_document(model_folder, capsys):
     assert main(["inspect", model_folder, "--json"]) == 0
     transformer, vae = json.loads(capsys.readouterr().out)

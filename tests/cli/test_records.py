@@ -104,6 +104,6 @@ def test_a_chunk_that_was_tampered_with_is_refused(text, tmp_path):
 def test_a_picture_that_breaks_off_is_refused(tmp_path):
     path = save(tmp_path / "a.png", to_chunk(Record(settings=SETTINGS, pictures=ONE, is_sheet=False)))
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) - 30])
-    with pytest.raises((ValueError, OSError), match="truncated|no picture"):
+    path.write_bytes(whole[: -len(whole) // 3])
+    with pytest.raises(ValueError, match=r"a\.png is no (whole )?picture"):
         read_record(path)

@@ -30,6 +30,11 @@ def test_a_prompt_without_any_known_word_is_an_error_that_names_the_known_ones()
         check_words(["a red circle", "Hund und Katze"])
 
 
+def test_words_are_known_whatever_signs_stand_between_them(capsys):
+    check_words(["blue/red zebra"])
+    assert "does not know zebra" in capsys.readouterr().err
+
+
 def test_a_prompt_of_signs_alone_has_no_word_to_complain_of(capsys):
     check_words([""])
     assert capsys.readouterr().err == ""

@@ -21,6 +21,12 @@ def test_controls_are_known_by_name_and_others_refused_with_those_there_are():
         control_named("canny")
 
 
+def test_networks_run_on_the_device_that_is_said_and_what_runs_none_does_not_ask():
+    assert {name: control_named(name, "meta") for name in DRAWN_HERE} == {name: CONTROLS[name] for name in DRAWN_HERE}
+    for name in CONTROLS.keys() - set(DRAWN_HERE):
+        assert control_named(name, "meta").keywords == {"device": "meta"}
+
+
 @pytest.mark.parametrize("name", DRAWN_HERE)
 @pytest.mark.parametrize("size", [(1, 1), (7, 3), (64, 64), (333, 130)], ids=str)
 def test_a_control_has_the_size_of_its_picture(name, size):

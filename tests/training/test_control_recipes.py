@@ -67,6 +67,16 @@ def test_the_first_stage_leaves_a_control_net_that_loads_alone_and_says_how_it_w
     assert "_name_or_path" not in json.loads((control_folder / "config.json").read_text())
 
 
+def test_a_control_net_of_another_kind_does_not_go_on_with_a_run(
+    teacher_folder, control_folder, controlled_cache_folder
+):
+    recipe, output = control_recipe(teacher_folder, controlled_cache_folder), control_folder.parent
+    train_control_teacher(recipe, Origin.find(recipe.teacher), output, CPU)
+    other = replace(recipe, residual_placement="after")
+    with pytest.raises(ValueError, match=r"belongs to a run with other settings or data \(.*residual_placement.*\)"):
+        train_control_teacher(other, Origin.find(recipe.teacher), output, CPU)
+
+
 def test_the_second_stage_leaves_one_for_the_student(
     teacher_folder, control_folder, student_folder, controlled_cache_folder, tmp_path
 ):

@@ -119,7 +119,7 @@ def convert(job: Conversion, *, progress: Callable[[int], Callable[[int], object
         OSError: if the output cannot be written. Whatever is raised, there is no output then.
     """
     start = time.monotonic()
-    _check(job)
+    check(job)
     with ExitStack() as stack:
         component = COMPONENTS[job.kind or "transformer"]
         checkpoint = stack.enter_context(open_checkpoint(job.source, ema=job.ema, component=component))
@@ -152,8 +152,8 @@ def _ignore(num_bytes: int) -> None:
     pass
 
 
-def _check(job: Conversion) -> None:
-    """Raises ValueError for options that contradict each other, or would have no effect."""
+def check(job: Conversion) -> None:
+    """Raises ValueError for options that contradict each other, or would have no effect; reads nothing."""
     is_file = job.output.suffix in ORIGINAL_ENDINGS
     if job.to == "original" and not is_file:
         raise ValueError(f"the original layout is one file: {job.output} must end in {', '.join(ORIGINAL_ENDINGS)}")

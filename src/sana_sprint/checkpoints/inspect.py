@@ -142,18 +142,27 @@ def inspect_checkpoint(
     Args:
         path: a file, the index of several, or a folder.
         ema: the averaged weights of a training snapshot.
-        settings: entries of the config that are known, and that tensors cannot tell.
+        settings: entries of the config that are known, and that tensors cannot tell; of a pipeline, those of the
+            components that have them.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
-        ValueError: in one line, for anything that is no checkpoint of SANA, its ControlNet or DC-AE.
+        ValueError: in one line, for anything that is no checkpoint of SANA, its ControlNet or DC-AE, and for a setting
+            that nothing there has.
     """
-    place = Path(path).expanduser()
+    place, given = Path(path).expanduser(), dict(settings or {})
     components: Sequence[str | None] = component_folders(place) if place.is_dir() else ()
-    inspections = []
-    for component in components or (None,):
+    if not components:
+        with open_checkpoint(place, ema=ema) as checkpoint:
+            return (describe(checkpoint, identify(checkpoint, given)),)
+    inspections, nobodys = [], set(given)
+    for component in components:
         with open_checkpoint(place, ema=ema, component=component) as checkpoint:
-            inspections.append(describe(checkpoint, identify(checkpoint, settings or {})))
+            own = {name: given[name] for name in given.keys() & identify(checkpoint, {}).config.keys()}
+            inspections.append(describe(checkpoint, identify(checkpoint, own)))
+            nobodys -= own.keys()
+    if nobodys:
+        raise ValueError(f"{place} holds nothing with such a setting: {', '.join(sorted(nobodys))}")
     return tuple(inspections)
 
 

@@ -117,7 +117,8 @@ def load_single_file(
     hub: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     if config is not None:
         known = cls.load_config(config, subfolder=subfolder, revision=config_revision, **hub)
-        settings = {**{name: value for name, value in known.items() if not name.startswith("_")}, **settings}
+        of_the_model = {name for name in known if not name.startswith("_") and name != "quantization_config"}
+        settings = {**{name: known[name] for name in of_the_model}, **settings}
     with ExitStack() as stack:
         if isinstance(source, Mapping):
             checkpoint: Checkpoint = _InMemory(source)

@@ -35,7 +35,7 @@ def staged(output: Path, *, force: bool = False, num_bytes: int = 0) -> Iterator
     try:
         with _taken(stage, output):
             _restore(stage, output)
-            _check_destination(output, force)
+            check_destination(output, force)
             _check_room(output, num_bytes)
             yield stage / output.name
             _exchange(stage, output)
@@ -49,7 +49,8 @@ def staged(output: Path, *, force: bool = False, num_bytes: int = 0) -> Iterator
                 folder.rmdir()
 
 
-def _check_destination(output: Path, force: bool) -> None:
+def check_destination(output: Path, force: bool) -> None:
+    """Raises ValueError if what is there may not be replaced."""
     if not os.path.lexists(output):
         return
     if not force:

@@ -98,9 +98,7 @@ def run(options: argparse.Namespace) -> int:
         settings = read_settings(options)
         if options.output is not None:
             options.output.mkdir(parents=True, exist_ok=True)
-        title, rows, document = _measure(settings, options.quick)
-        if options.output is not None:
-            report.write(options.output, title, rows, document)
+        title, rows, document = _measure(settings, options.quick, options.output)
     peak = document["peak_operations_per_second"]
     legend = report.legend(peak, document["machine"], document["dtype"])
     print("\n".join([title, "", *report.table(rows, peak), "", *legend, *report.remarks(rows)]))
@@ -111,7 +109,8 @@ def run(options: argparse.Namespace) -> int:
     return _DISAGREEMENT
 
 
-def _measure(settings: "Settings", is_quick: bool) -> "tuple[str, list[Row], dict[str, Any]]":
+def _measure(settings: "Settings", is_quick: bool, output: Path | None) -> "tuple[str, list[Row], dict[str, Any]]":
+    """Title, rows and document, which are in the output folder too, even of the rows before one that failed."""
     from sana_sprint.bench import machine, report
     from sana_sprint.bench.session import Session
     from sana_sprint.quantisation.float8 import multiplies_in_float8
@@ -126,7 +125,6 @@ def _measure(settings: "Settings", is_quick: bool) -> "tuple[str, list[Row], dic
         title += "\nquick: tiny networks, which say nothing of the times of the published ones"
     _say(title)
     peak = machine.peak_speed(settings.dtype, settings.device, is_quick)
-    rows = list(Session(settings, _say).rows())
     about_run = {
         "dtype": dtype,
         "compiled": settings.compiles,
@@ -134,7 +132,15 @@ def _measure(settings: "Settings", is_quick: bool) -> "tuple[str, list[Row], dic
         "rounds": settings.rounds,
         "seed": settings.seed,
     }
-    return title, rows, report.document(rows, peak, quick=is_quick, machine=about, **about_run)
+    rows: list[Row] = []
+    try:
+        for row in Session(settings, _say).rows():
+            rows.append(row)
+    finally:
+        document = report.document(rows, peak, quick=is_quick, machine=about, **about_run)
+        if output is not None and rows:
+            report.write(output, title, rows, document)
+    return title, rows, document
 
 
 def _say(line: str) -> None:

@@ -11,6 +11,7 @@ from sana_sprint.cli.model import EMBEDDED, Model, digest, find_folder
 from sana_sprint.cli.records import InputFile, Settings
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
 DEFAULT_CONTROL, DEFAULT_SCALE = "edges", 1.0
@@ -28,8 +29,8 @@ class Guide:
     controlnet: str
     scale: float
 
-    def drawing(self, size: tuple[int, int]) -> "Image":
-        """What the ControlNet is shown for pictures of this width and height in pixels, in RGB.
+    def drawing(self, size: tuple[int, int], device: "torch.device | None" = None) -> "Image":
+        """What the ControlNet is shown of this width and height in pixels, in RGB; None finds it on the CPU.
 
         Lines are found in the picture as large as what is drawn, as in training: they are as broad there as here.
 
@@ -46,7 +47,7 @@ class Guide:
         except ValueError as error:
             raise ValueError(f"{self.image.file.path}: {error}") from None
         picture = picture.resize(size, Resampling.LANCZOS)
-        return picture if self.control == NO_CONTROL else control_named(self.control)(picture)
+        return picture if self.control == NO_CONTROL else control_named(self.control, device)(picture)
 
     def files(self) -> dict[str, InputFile | None]:
         """The file under the name that `Settings` has for it."""
@@ -86,9 +87,10 @@ def choose_guide(
         controlnet = like.controlnet if controlnet is None else controlnet
         scale = like.control_scale if scale is None else scale
     if controlnet is None:
-        if model != EMBEDDED:
+        own = Path(model).expanduser() / "controlnet"
+        if model != EMBEDDED and not own.is_dir():
             raise ValueError(f"--control-image needs --controlnet, a folder or a hub id: there is none for {model}")
-        controlnet = EMBEDDED
+        controlnet = EMBEDDED if model == EMBEDDED else str(own)
     guide = Guide(
         image=image,
         control=DEFAULT_CONTROL if control is None else control,

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,12 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_job(options: argparse.Namespace) -> "Conversion":
-    """The whole job; fetches what is on the hub."""
+    """The whole job; fetches what is on the hub, unless the options contradict each other."""
     from sana_sprint.checkpoints import convert
     from sana_sprint.checkpoints.hub import find_source
+    from sana_sprint.checkpoints.staging import check_destination
 
-    return convert.Conversion(
-        source=find_source(options.input),
+    job = convert.Conversion(
+        source=Path(options.input),
         output=options.output,
         to=options.to,
         dtype=convert.DTYPES[options.dtype] if options.dtype else None,
@@ -98,10 +100,19 @@ def choose_job(options: argparse.Namespace) -> "Conversion":
         kind=options.kind,
         settings=settings_of(options),
         full_pipeline=options.full_pipeline,
-        vae=find_source(options.vae) if options.vae else None,
-        text_encoder=find_source(options.text_encoder) if options.text_encoder else None,
+        vae=Path(options.vae) if options.vae else None,
+        text_encoder=Path(options.text_encoder) if options.text_encoder else None,
         scheduler=options.scheduler,
         force=options.force,
+    )
+    convert.check(job)
+    if not job.force:
+        check_destination(job.output.expanduser(), force=False)
+    return replace(
+        job,
+        source=find_source(options.input),
+        vae=find_source(options.vae) if options.vae else None,
+        text_encoder=find_source(options.text_encoder) if options.text_encoder else None,
     )
 
 

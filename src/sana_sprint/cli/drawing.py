@@ -19,8 +19,8 @@ from sana_sprint.cli.model import (
     choose_dtype,
     find_model,
     load,
-    own_size,
     own_steps,
+    seen_size,
 )
 from sana_sprint.cli.records import InputFile, Picture, Record, Settings, to_chunk
 from sana_sprint.cli.words import check_words
@@ -154,14 +154,6 @@ def _draw_one(ready: _Ready, picture: Picture) -> "Image":
     return images[0]
 
 
-def _show(guide: Guide, size: tuple[int, int], preview: Path | None) -> tuple["Image", Path | None]:
-    """What the ControlNet is shown, and the file where that was put if it was asked for."""
-    from PIL.PngImagePlugin import PngInfo
-
-    shown = guide.drawing(size)
-    return shown, None if preview is None else save_new(shown, preview, PngInfo())
-
-
 def _prepare(job: Job) -> _Ready:
     """All that the job's pictures are drawn with; what can be refused is refused before a network is loaded."""
     request = job.request
@@ -172,6 +164,7 @@ def _prepare(job: Job) -> _Ready:
         check_words(prompts, follows_drawing=job.request.guide is not None)
     with collector.long_lived():
         import torch
+        from PIL.PngImagePlugin import PngInfo
 
         device = choose_device(request.device)
         kind = _kind_of(request)
@@ -182,11 +175,12 @@ def _prepare(job: Job) -> _Ready:
         if differing:
             screen.report("warning", f"{path} was drawn with {differing}: the picture may differ")
         torch.set_num_threads(record.settings.threads)
-    shown, preview = None, None
+    shown, drawn_size = None, seen_size(model, request.size)
     if request.guide is not None:
-        shown, preview = _show(request.guide, request.size or own_size(model), job.preview)
+        shown = request.guide.drawing(drawn_size, device)
     fitting = Fitting(request.quantization, request.memory, request.size)
     pipe = load(model, device, dtype, fitting, screen.is_terminal(), kind, controlnet)
+    preview = None if shown is None or job.preview is None else save_new(shown, job.preview, PngInfo())
     request = replace(request, device=str(device), dtype=str(dtype).removeprefix("torch."))
     if request.steps is None and request.timesteps is None:
         request = replace(request, steps=own_steps(pipe))

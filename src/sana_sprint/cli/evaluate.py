@@ -162,6 +162,7 @@ def _run_controlnet(options: argparse.Namespace) -> None:
 
 def _score_controlnet(artist: held_out.Artist, base: "Pipeline", steps: int) -> dict[str, float]:
     """Of the artist's pipeline, which is given drawings, and of the colours of one that is given none."""
+    from sana_sprint.cli.model import seen_size
     from sana_sprint.evaluation.control import score_base_colours, score_control
 
     options = artist.options
@@ -176,7 +177,8 @@ def _score_controlnet(artist: held_out.Artist, base: "Pipeline", steps: int) -> 
             bar.update(len(captions))
             return artist.draw_batch(base, captions, num_drawn, num_inference_steps=steps)
 
-        scores = score_control(draw_controlled, options.num_captions, options.seed)
+        side, _ = seen_size(artist.model)
+        scores = score_control(draw_controlled, options.num_captions, options.seed, size=side)
         return {**scores, "base_colours": score_base_colours(draw, options.num_captions, options.seed)}
 
 

@@ -1,9 +1,9 @@
 """Pictures to files: a name from prompt and seed, never one that is taken, and never a file half written."""
 
-import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def save_new(image: "Image", path: Path, text: "PngInfo") -> Path:
 
     The picture is written beside its place and moved there whole, so an interruption leaves no part of a file.
     """
-    partial = path.with_name(f".{path.stem[:_SLUG_BYTES]}.{os.getpid()}.partial")
+    partial = path.with_name(f".{token_hex(8)}.partial")
     try:
         with partial.open("xb") as stream:
             image.save(stream, format="PNG", pnginfo=text)

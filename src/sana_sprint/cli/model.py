@@ -215,12 +215,17 @@ def load(
     return pipe
 
 
-def own_size(model: Model) -> tuple[int, int]:
-    """Width and height of the pictures that a model draws by default, pixels; known before it is loaded."""
-    from sana_sprint.memory.configs import read_configs
+def seen_size(model: Model, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Width and height, in pixels, of what is seen of a picture when it is drawn, before it gets the size asked for.
 
-    side = read_configs(model.folder).picture_size
-    return side, side
+    Known before the model is loaded. None asks for the model's own size. Raises ValueError for one that it cannot draw.
+    """
+    from sana_sprint.memory.configs import read_configs
+    from sana_sprint.pipelines.images import seen_part
+
+    width, height = size or (None, None)
+    part = seen_part(read_configs(model.folder).canvas(height, width))
+    return part.width, part.height
 
 
 def own_steps(pipe: "Pipeline") -> int:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,12 +85,15 @@ def read_record(path: Path) -> Record:
     """
     from PIL import Image, UnidentifiedImageError
 
+    data = path.read_bytes()
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(data)) as image:
             image.load()  # a text chunk may follow the pixels
             chunk = image.info.get(CHUNK)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is no picture") from None
+    except Exception as error:  # each kind of damage has its own
+        raise ValueError(f"{path} is no whole picture: {error}") from None
     if chunk is None:
         raise ValueError(f"{path} holds no {CHUNK} text chunk: it was not drawn by sana-sprint generate")
     try:

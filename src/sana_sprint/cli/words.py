@@ -23,12 +23,12 @@ def check_words(prompts: Sequence[str], *, follows_drawing: bool = False) -> Non
 
     Raises ValueError if it knows no word of a prompt, except for an empty one.
     """
-    from sana_sprint.shapes.captions import VOCABULARY, parse, unknown_words
+    from sana_sprint.shapes.captions import knows_no_word, parse, unknown_words
 
     unknown: dict[str, None] = {}
     for prompt in dict.fromkeys(prompts):
         words = unknown_words(prompt)
-        if words and not any(word.strip(".,;:!?\"'()").lower() in VOCABULARY for word in prompt.split()):
+        if knows_no_word(prompt):
             raise ValueError(f"the embedded model knows no word of {prompt!r}; it knows {known_words()}")
         unknown.update(dict.fromkeys(words))
         if not words and prompt.strip() and not follows_drawing:

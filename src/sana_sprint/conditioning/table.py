@@ -1,7 +1,9 @@
 """The name of a kind of control to the function that makes it of a picture."""
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from PIL import Image
 
 from sana_sprint.conditioning.drawing import scribble, soft_edges
@@ -19,12 +21,16 @@ CONTROLS: dict[str, Callable[[Picture], Image.Image]] = {
 }
 
 
-def control_named(name: str) -> Callable[[Picture], Image.Image]:
-    """The function of this name in `CONTROLS`.
+_BY_NETWORK = ("depth", "hed")
+
+
+def control_named(name: str, device: str | torch.device | None = None) -> Callable[[Picture], Image.Image]:
+    """The function of this name in `CONTROLS`; one that runs a network runs it on the device, None for the CPU.
 
     Raises:
         ValueError: for another name.
     """
     if name not in CONTROLS:
         raise ValueError(f"no control is named {name!r}; there are {', '.join(CONTROLS)}")
-    return CONTROLS[name]
+    function: Callable[..., Image.Image] = CONTROLS[name]
+    return function if device is None or name not in _BY_NETWORK else partial(function, device=device)

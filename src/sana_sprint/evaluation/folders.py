@@ -55,7 +55,7 @@ def _named(path: Path) -> Iterator[None]:
     """Inside, an error of reading a picture names its file."""
     try:
         yield
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # each of Pillow's formats has its own kinds for damaged files
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
 
 

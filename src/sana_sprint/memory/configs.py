@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, Gemma2Config, PretrainedConfig
 
 from sana_sprint.autoencoder.model import AutoencoderDC
+from sana_sprint.pipelines.images import Canvas, choose_canvas
 from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
 from sana_sprint.transformer.multi_control import SanaMultiControlNetModel
@@ -79,6 +80,16 @@ class PipelineConfigs:
     def size_multiple(self) -> int:
         """Height and width that are drawn are multiples of so many pixels."""
         return self.transformer.get("patch_size", 1) * self._cell_size
+
+    def canvas(self, height: int | None, width: int | None, use_resolution_binning: bool = True) -> Canvas:
+        """The size that a call draws for the one asked for, None for the model's own; ValueError as the call."""
+        return choose_canvas(
+            height,
+            width,
+            native_size=self.picture_size,
+            multiple=self.size_multiple,
+            use_bins=use_resolution_binning,
+        )
 
     def stored_bits(self) -> dict[str, int]:
         """Bits of the weights of those networks that are quantised in the checkpoint already."""

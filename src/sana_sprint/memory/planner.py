@@ -162,7 +162,10 @@ def _plan(networks: Networks, arrangement: Arrangement, budget: Budget) -> Memor
     bits = {name: arrangement.bits if name in quantised else 16 for name in modules} | stored
     weights = {name: weight_bytes(module, bits[name]) for name, module in modules.items()}
     if budget.device is None:
+        # What no call reads stays in its mapped file.
         weights["text_encoder"] -= table_bytes(modules["text_encoder"])
+        if not networks.encodes_pictures:
+            weights["vae"] -= weight_bytes(networks.vae.encoder)
     work = networks.stage_bytes(arrangement.tile)
     running = {stage: [name for name in _RUNNING[stage] if name in modules] for stage in work}
     for stage, names in running.items():
@@ -238,5 +241,5 @@ def best_plan(plans: Sequence[MemoryPlan], bits: Bits | None = None) -> MemoryPl
         + f": the smallest, {smallest.arrangement}, takes {readable_bytes(smallest.peak)}"
         + (f" and {readable_bytes(smallest.host)} of the machine's memory" if smallest.host else "")
         + (" beside what CUDA takes" if budget.device is not None else "")
-        + "; draw fewer pictures at once, or smaller ones with use_resolution_binning=False"
+        + "; draw fewer pictures at once"
     )

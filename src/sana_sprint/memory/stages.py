@@ -21,7 +21,6 @@ from sana_sprint.layers.feed_forward import PointwiseConv2d
 from sana_sprint.memory.configs import PipelineConfigs, controlnet_class
 from sana_sprint.memory.tracker import PeakBytes
 from sana_sprint.pipelines.controlled import check_fits
-from sana_sprint.pipelines.images import choose_canvas
 from sana_sprint.quantisation.layers import quantisable_layers
 from sana_sprint.quantisation.quantisers import is_exact
 from sana_sprint.text.prefix import Prefix, read_behind, read_prefix
@@ -64,13 +63,7 @@ class Workload:
         Raises:
             ValueError: as the call does, for a size that cannot be drawn.
         """
-        canvas = choose_canvas(
-            height,
-            width,
-            native_size=configs.picture_size,
-            multiple=configs.size_multiple,
-            use_bins=use_resolution_binning,
-        )
+        canvas = configs.canvas(height, width, use_resolution_binning)
         return cls(height=canvas.height, width=canvas.width, **others)
 
 

@@ -155,6 +155,12 @@ def _vocabulary() -> frozenset[str]:
 VOCABULARY: frozenset[str] = _vocabulary()
 
 
+def knows_no_word(prompt: str) -> bool:
+    """Whether a prompt has words, and none of them is in `VOCABULARY`."""
+    words = _words(prompt)
+    return bool(words) and VOCABULARY.isdisjoint(words)
+
+
 def unknown_words(prompt: str) -> list[str]:
     """Words of a prompt outside `VOCABULARY`, each once, in order; case and punctuation do not matter."""
     return list(dict.fromkeys(word for word in _words(prompt) if word not in VOCABULARY))

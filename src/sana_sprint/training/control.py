@@ -3,6 +3,7 @@
 B batch, C channels, h w latent grid. Flow time runs from 0 clean to 1 noise.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -100,9 +101,13 @@ def train_control(
     folder: Path,
     device: torch.device,
     validate: Validation | None = None,
+    began_with: Mapping[str, str] | None = None,
 ) -> SanaControlNetModel:
-    """Train a ControlNet for a transformer; the data must hold drawings, the rest is as for `train`."""
-    began_with = sources(data, teacher=transformer)
+    """Train a ControlNet for a transformer; the data must hold drawings, the rest is as for `train`.
+
+    `began_with` are the sources of networks that have been cast since; None takes those of the networks as they are.
+    """
+    began_with = began_with or sources(data, teacher=transformer, start=control)
     networks = prepared(transformer, settings), prepared(control, settings)
     objective = ControlObjective(*networks, data.to(device), settings)
     return train(objective, loop, folder, "control", device, validate, began_with).requires_grad_(True)

@@ -12,6 +12,7 @@ from sana_sprint.training.datasets.captions import CaptionChoice
 from sana_sprint.training.datasets.source import LatentSource
 from sana_sprint.training.export import export_network, record_of
 from sana_sprint.training.flow import FlowMatchingSettings
+from sana_sprint.training.identity import sources
 from sana_sprint.training.origin import Origin, open_cache
 from sana_sprint.training.settings import LoopSettings, Precision
 from sana_sprint.training.sprint import DTYPES, check_teacher
@@ -63,11 +64,15 @@ def open_controlled_cache(
     return cache
 
 
-def control_networks(
-    recipe: ControlRecipe, teacher: SanaTransformer2DModel
+def untrained_control(recipe: ControlRecipe, teacher: SanaTransformer2DModel) -> SanaControlNetModel:
+    """The ControlNet that a recipe begins with, copied from a teacher in float32."""
+    return SanaControlNetModel.from_transformer(teacher, recipe.num_layers, recipe.residual_placement)
+
+
+def ready_to_train(
+    recipe: ControlRecipe, teacher: SanaTransformer2DModel, control: SanaControlNetModel
 ) -> tuple[SanaTransformer2DModel, SanaControlNetModel]:
-    """The teacher, given in float32 and cast once it has been copied from, and an untrained ControlNet for it."""
-    control = SanaControlNetModel.from_transformer(teacher, recipe.num_layers, recipe.residual_placement)
+    """The same networks, the teacher cast."""
     teacher.to(DTYPES[recipe.teacher_dtype])
     if recipe.gradient_checkpointing:
         teacher.enable_gradient_checkpointing()
@@ -76,8 +81,9 @@ def control_networks(
 
 
 def control_objective(recipe: ControlRecipe, teacher: SanaTransformer2DModel, data: LatentSource) -> ControlObjective:
-    """What a recipe trains."""
-    return ControlObjective(*control_networks(recipe, teacher), data, recipe.flow)
+    """What a recipe trains, on a teacher given in float32."""
+    networks = ready_to_train(recipe, teacher, untrained_control(recipe, teacher))
+    return ControlObjective(*networks, data, recipe.flow)
 
 
 def train_control_teacher(recipe: ControlRecipe, origin: Origin, output: Path, device: torch.device) -> Path:
@@ -95,8 +101,10 @@ def train_control_teacher(recipe: ControlRecipe, origin: Origin, output: Path, d
     teacher = origin.load()
     check_teacher(teacher)
     data = open_controlled_cache(recipe.data, recipe.captions, teacher)
-    run = output / "run"
-    average = train_control(*control_networks(recipe, teacher), data, recipe.flow, recipe.loop, run, device)
+    control = untrained_control(recipe, teacher)
+    began_with = sources(data, teacher=teacher, start=control) | {"residual_placement": recipe.residual_placement}
+    networks, run = ready_to_train(recipe, teacher, control), output / "run"
+    average = train_control(*networks, data, recipe.flow, recipe.loop, run, device, began_with=began_with)
     folder = output / "controlnet"
     if PartialState().is_main_process:
         export_network(folder, average, record_of(recipe, {"control": run / "log.jsonl"}, device))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -253,3 +254,13 @@ def test_latents_have_no_edges(encoder, array, picture, write_files, bins, tmp_p
     report = cache_latents(dataset, encoder, tmp_path / "cache", replace(SETTINGS, control="edges"))
     assert report.num_written == 1
     assert report.skipped.reasons == {"a.npy": "holds latents, and nothing can be drawn after those"}
+
+
+def test_a_package_that_a_control_lacks_is_named_before_anything_is_written(
+    encoder, picture, write_files, bins, tmp_path, monkeypatch
+):
+    dataset = ImageTextDataset(write_files(tmp_path / "one", {"a": {"png": picture(64, 64), "txt": b"a cat"}}), bins)
+    monkeypatch.setitem(sys.modules, "cv2", None)  # what import then takes for missing
+    with pytest.raises(ImportError, match="cv2|OpenCV"):
+        cache_latents(dataset, encoder, tmp_path / "cache", replace(SETTINGS, control="edges"))
+    assert not (tmp_path / "cache").exists()

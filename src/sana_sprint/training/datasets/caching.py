@@ -35,6 +35,7 @@ T = TypeVar("T")
 Numbered = tuple[int, ImageTextExample]
 
 _READ_AHEAD = 32  # examples
+_TRIAL = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)  # a picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,10 @@ class _ShardMaker:
         self.dataset = dataset
         self.encoder = encoder
         self.batch_size = settings.batch_size
-        self.control = None if settings.control is None else control_named(settings.control)
+        self.control = None
+        if settings.control is not None:
+            self.control = control_named(settings.control, encoder.vae.device)
+            self.control(_TRIAL)  # what it lacks is said before anything is written
         self.report = CacheReport(dataset.skipped)
 
     def write(self, indices: range, bar: tqdm, list_path: Path, path: Path) -> None:
@@ -205,6 +209,7 @@ def cache_latents(
     Raises:
         ValueError: if `output` is a cache that was made in another way or from something else, if the pictures' sizes
             do not fit the autoencoder, for an unknown control, or if nothing could be read.
+        ImportError: if the control needs a package that is not installed.
     """
     _check_sizes(dataset, encoder)
     maker = _ShardMaker(dataset, encoder, settings)
