@@ -173,7 +173,6 @@ def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(generate, monkeypatch
     ("arguments", "named"),
     [
         (["--size", "65x64"], "65"),
-        (["--guidance", "nan"], "nan"),
         (["--timesteps", "1,1.5,0"], "descend"),
         (["--steps", "5000"], "5000"),
         (["--device", "quantum"], "--device quantum"),

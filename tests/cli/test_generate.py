@@ -125,6 +125,7 @@ def test_steps_and_timesteps_exclude_each_other():
         ("--strength", "nan", "got nan"),
         ("--strength", "half", "'half'"),
         ("--control", "lines", "'lines'"),
+        ("--guidance", "nan", "finite number, got nan"),
         ("--control-scale", "inf", "finite number, got inf"),
         ("--control-scale", "nan", "finite number, got nan"),
         ("--control-scale", "much", "'much'"),

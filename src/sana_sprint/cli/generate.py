@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WxH",
         help="width and height in pixels (those of the model, and with --mask those of the init image)",
     )
-    how.add_argument("--guidance", type=float, metavar="X", help=f"guidance scale ({_DEFAULT_GUIDANCE})")
+    how.add_argument("--guidance", type=number, metavar="X", help=f"guidance scale ({_DEFAULT_GUIDANCE})")
     how.add_argument("--dtype", choices=DTYPES, help="number format (auto: bfloat16 on CUDA, else float32)")
     how.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps, .. (auto: the fastest of this machine)")
 

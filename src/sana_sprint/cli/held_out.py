@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sana_sprint.cli import screen
-from sana_sprint.cli.arguments import QUANTIZATIONS, whole_number
+from sana_sprint.cli.arguments import QUANTIZATIONS, number, whole_number
 from sana_sprint.cli.model import DTYPES, EMBEDDED
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_arguments(group: argparse._ActionsContainer, num_captions: int) -> None:
     """Declares the options, all but the device; `num_captions` is the default of the one of that name."""
     group.add_argument("--model", metavar="MODEL", help=f"a pipeline folder or hub id ({EMBEDDED})")
     group.add_argument("--num-captions", type=whole_number(6), metavar="N", help=f"captions ({num_captions})")
-    group.add_argument("--guidance", type=float, metavar="X", help=f"guidance scale ({DEFAULTS['guidance']})")
+    group.add_argument("--guidance", type=number, metavar="X", help=f"guidance scale ({DEFAULTS['guidance']})")
     group.add_argument(
         "--seed", type=whole_number(0), metavar="N", help=f"of captions and pictures ({DEFAULTS['seed']})"
     )
