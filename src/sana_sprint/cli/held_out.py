@@ -109,13 +109,17 @@ def bar(title: str, total: int) -> "tqdm":
 def open_artist(
     options: argparse.Namespace, kind: "type[Pipeline] | None" = None, controlnet: "Model | None" = None
 ) -> Artist:
-    """Loads the model as a pipeline of a kind; the options are those above with defaults filled in, and the device."""
+    """Loads the model as a pipeline of a kind, with the captions to draw.
+
+    The options are those above with defaults filled in, and the device.
+    """
     from sana_sprint.cli.model import Fitting, choose_device, choose_dtype, find_model, load
-    from sana_sprint.evaluation.shapes import held_out_captions
+    from sana_sprint.evaluation.shapes import HeldOutCaptions, held_out_captions
 
     model = find_model(options.model)
     device = choose_device(options.device)
-    held_out = held_out_captions(options.num_captions, options.seed)
+    # A ControlNet is shown scenes instead.
+    held_out = HeldOutCaptions((), ()) if controlnet else held_out_captions(options.num_captions, options.seed)
     fitting = Fitting(options.quantization)
     pipe = load(model, device, choose_dtype(options.dtype, device), fitting, False, kind, controlnet)
     return Artist(model, pipe, options, held_out)
