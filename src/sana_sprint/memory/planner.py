@@ -241,5 +241,4 @@ def best_plan(plans: Sequence[MemoryPlan], bits: Bits | None = None) -> MemoryPl
         + f": the smallest, {smallest.arrangement}, takes {readable_bytes(smallest.peak)}"
         + (f" and {readable_bytes(smallest.host)} of the machine's memory" if smallest.host else "")
         + (" beside what CUDA takes" if budget.device is not None else "")
-        + "; draw fewer pictures at once"
     )
