@@ -21,7 +21,7 @@ def open_picture(stream: IO[bytes]) -> Image.Image:
         raise ValueError("is no picture of a known format") from None  # PIL's message is another one each time
 
 
-def seen_size(image: Image.Image) -> tuple[int, int]:
+def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height as the picture is looked at, from its header alone."""
     # A PNG may say how it is turned at its very end, and would be decoded for that; cameras write none.
     is_turned = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation, 1) >= _TURNED_SIDEWAYS

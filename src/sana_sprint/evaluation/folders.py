@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from sana_sprint.pictures import decode_picture, open_picture, seen_size
+from sana_sprint.pictures import decode_picture, open_picture, upright_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -64,7 +64,7 @@ def check_one_size(*folders: PictureFolder) -> None:
     sizes: dict[tuple[int, int], Path] = {}
     for path in (path for folder in folders if folder.size is None for path in folder.paths):
         with _named(path), path.open("rb") as stream, open_picture(stream) as image:
-            sizes.setdefault(seen_size(image), path)
+            sizes.setdefault(upright_size(image), path)
         if len(sizes) > 1:
             (width, height), (other_width, other_height) = sizes
             first, second = sizes.values()

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.ContainerIO import ContainerIO
 
-from sana_sprint.pictures import open_picture, seen_size
+from sana_sprint.pictures import open_picture, upright_size
 from sana_sprint.training.datasets.records import Span
 
 
@@ -15,7 +15,7 @@ def picture_size(span: Span) -> tuple[int, int]:
         ValueError: if that is no picture, and other errors for some kinds of damage.
     """
     with span.path.open("rb") as stream, open_picture(ContainerIO(stream, span.offset, span.size)) as image:
-        return seen_size(image)[::-1]
+        return upright_size(image)[::-1]
 
 
 def fit_picture(image: Image.Image, height: int, width: int) -> np.ndarray:
