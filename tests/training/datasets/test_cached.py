@@ -185,14 +185,18 @@ def test_a_damaged_caption_does_not_cost_the_others_of_its_example(
     assert 130 < second < 170
 
 
-def test_a_shape_of_which_nothing_is_left_gives_its_place_to_another(cache, place):
+def test_a_shape_of_which_nothing_is_left_gives_its_place_to_another(cache, place, caplog):
     source = CachedLatents(cache)
     for index in source.order.members[0]:
         overwrite(source.records[index].files["npy"], np.full(4, np.nan, np.float16).tobytes())
     damaged = CachedLatents(cache)
+    assert not caplog.records
     shapes = {tuple(damaged.batch(place(step, parts=2, part=1)).clean.shape[1:]) for step in range(12)}
     assert len(shapes) == 2
-    assert len(damaged.skipped) == len(source.order.members[0])
+    assert len(damaged.skipped) == len(source.order.members[0]) > 1
+    (told,) = caplog.records  # of the first
+    name, reason = next(iter(damaged.skipped.reasons.items()))
+    assert told.getMessage() == f"{name} cannot be read, and is left out, as will be whatever else cannot: {reason}"
 
 
 def test_if_nothing_can_be_read_the_error_says_so(cache, place):

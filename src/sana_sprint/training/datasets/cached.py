@@ -5,8 +5,10 @@ B examples of one process, C channels, h w latent grid, L tokens of the longest 
 
 import copy
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,10 @@ from sana_sprint.training.datasets.shards import shard_records
 from sana_sprint.training.datasets.skipped import Skipped
 from sana_sprint.training.datasets.source import LatentBatch
 from sana_sprint.training.draws import Draws
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _ALL_ALIKE = CaptionChoice()
 
@@ -61,6 +67,7 @@ class CachedLatents:
         self.order = BucketOrder(
             [self.skipped.attempt(f"{record.name}.{LATENT_ENDING}", _latent_shape, record) for record in self.records]
         )
+        self._num_listed = len(self.skipped)  # of what was skipped
         self.empty = torch.from_numpy(read_array(Span.whole(empty_text_path(folder)), 2))
 
     def __len__(self) -> int:
@@ -116,7 +123,7 @@ class CachedLatents:
         """Features (tokens, width) of one of an example's captions."""
         record, place = self.records[index], 0
         if text_ending(1) in record.files:
-            captions = self.skipped.attempt(f"{record.name}.json", read_captions, record)
+            captions = self._read(f"{record.name}.json", lambda: read_captions(record))
             if captions is None:
                 return None
             place = self.choice.choose(captions.scores, draw)
@@ -125,7 +132,16 @@ class CachedLatents:
 
     def _array(self, record: Record, ending: str, num_dimensions: int) -> np.ndarray | None:
         # Each file by itself, so that what a step gets does not depend on the damage that earlier ones have met.
-        return self.skipped.attempt(f"{record.name}.{ending}", lambda: read_array(record.files[ending], num_dimensions))
+        return self._read(f"{record.name}.{ending}", lambda: read_array(record.files[ending], num_dimensions))
+
+    def _read(self, name: str, read: Callable[[], T]) -> T | None:
+        """What `read` returns; None if it fails, which is told the first time."""
+        known = len(self.skipped)
+        found = self.skipped.attempt(name, read)
+        if known == self._num_listed < len(self.skipped):
+            reason = self.skipped.reasons[name]
+            logger.warning("%s cannot be read, and is left out, as will be whatever else cannot: %s", name, reason)
+        return found
 
     def _other_text(self, index: int, offset: float, draw: float) -> torch.Tensor:
         """A caption of another example, which lies `offset` (from 0 to 1) of the way round from this one."""
