@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from sana_sprint import SanaSprintPipeline
+from sana_sprint.cli.held_out import Artist
 from sana_sprint.cli.main import main
 from sana_sprint.evaluation.timesteps import FIRST_ANGLES, SECOND_ANGLES
 
@@ -60,6 +61,29 @@ def test_the_files_hold_what_the_screen_does(search, tmp_path):
     assert all(trial["scores"].keys() == {"judge", "frechet"} for trial in document["trials"])
     # A model with random weights draws nothing that the judge accepts, and of equal scores the first is taken.
     assert document["best"] == {"1": [FIRST_ANGLES[0], 0.0]}
+
+
+def test_a_search_that_stopped_goes_on_with_the_scores_that_it_has(search, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    options = ("--steps", 1, "--score", "frechet", "--json")
+    wanted = search(*options)
+    drawn, draw, most = [], Artist.draw, 3
+
+    def counted(self, title, **timetable):
+        if len(drawn) == most:
+            raise KeyboardInterrupt
+        drawn.append(title)
+        return draw(self, title, **timetable)
+
+    monkeypatch.setattr(Artist, "draw", counted)
+    with pytest.raises(AssertionError):  # for the exit code is another one
+        search(*options, "--output", tmp_path)
+    assert "interrupted" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["trials.json"]
+    most = len(FIRST_ANGLES)
+    assert search(*options, "--output", tmp_path) == wanted
+    assert len(drawn) == len(set(drawn)) == len(FIRST_ANGLES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["timesteps.json", "timesteps.png"]
 
 
 def test_a_search_repeated_finds_the_same(search):

@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what decides: the judge of the shapes world, or the Fréchet distance to renderings (%(default)s)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where timesteps.json and timesteps.png go (nothing is written)"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where timesteps.json and timesteps.png go; a search that stopped goes on there (nothing is written)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, .. (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
@@ -58,9 +61,14 @@ def run(options: argparse.Namespace) -> None:
             options.output.mkdir(parents=True, exist_ok=True)
         distance = artist.distance()
 
+        kept = _KeptScores(options.output and options.output / "trials.json", artist.settings())
+
         def score_timetable(angles: tuple[float, ...]) -> dict[str, float]:
-            pictures = artist.draw(" ".join(f"{angle:g}" for angle in angles), timesteps=list(angles))
-            return {"judge": score(pictures, artist.held_out.requests)["overall"], "frechet": distance(pictures)}
+            if angles not in kept.scores:
+                pictures = artist.draw(" ".join(f"{angle:g}" for angle in angles), timesteps=list(angles))
+                judged = score(pictures, artist.held_out.requests)["overall"]
+                kept.add(angles, {"judge": judged, "frechet": distance(pictures)})
+            return kept.scores[angles]
 
         search = search_timesteps(
             score_timetable, max(options.steps), options.score, lower_is_better=options.score == "frechet"
@@ -71,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
                 options.output / "timesteps.json", lambda path: path.write_text(document + "\n", encoding="utf-8")
             )
             plot_search(search, options.output / "timesteps.png")
+            kept.remove()
     if options.json:
         print(document)
         return
@@ -78,6 +87,37 @@ def run(options: argparse.Namespace) -> None:
     print()
     for steps in sorted(set(options.steps)):
         print(f"pipe(prompt, timesteps={list(search.best[steps].angles)})  # {steps} step{'s' if steps > 1 else ''}")
+
+
+class _KeptScores:
+    """Scores of timetables, in a file too, with which a search that was stopped goes on.
+
+    Args:
+        path: of the file, None for none. One of scores that were made with other settings counts for nothing.
+        settings: what the scores hold for.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.settings = settings
+        self.scores: dict[tuple[float, ...], dict[str, float]] = {}
+        if path is not None and path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["settings"] == settings:
+                self.scores = {tuple(angles): scores for angles, scores in found["scores"]}
+
+    def add(self, angles: tuple[float, ...], scores: dict[str, float]) -> None:
+        from sana_sprint.files import write_whole
+
+        self.scores[angles] = scores
+        if self.path is not None:
+            text = json.dumps({"settings": self.settings, "scores": list(self.scores.items())}, indent=2)
+            write_whole(self.path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+
+    def remove(self) -> None:
+        """Remove the file, once the search is over."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 def _check_scheduler(artist: held_out.Artist) -> None:
