@@ -242,7 +242,7 @@ def test_the_budget_is_what_is_said_or_what_is_free(machine, device, memory, ram
 @pytest.mark.parametrize(
     ("device", "ram", "message"),
     [
-        ("mps", None, "not for mps"),
+        ("mps", None, "not for mps: choose the device cpu"),
         ("cpu", 2, "ram is the machine's memory beside a GPU"),
         ("cuda:4", None, "the memory of cuda:4 is not known: give memory"),
     ],

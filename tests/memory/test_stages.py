@@ -252,6 +252,7 @@ def test_four_bits_unpack_one_matrix_at_a_time(small):
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, 8),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Float8WeightOnlyConfig"}}}, 8),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}, 4),
+        ({"quant_method": "gptq", "bits": 4}, 4),
         ({"quant_method": "of tomorrow"}, 16),
     ],
 )

@@ -273,6 +273,12 @@ def test_networks_quantised_by_bitsandbytes_are_refused(load_wide):
         compiled(load_wide(4))
 
 
+def test_nothing_need_be_warmed_up(tiny_pipeline_parts):
+    pipe = own_pipeline(tiny_pipeline_parts)
+    compiled(pipe, steps=())
+    assert pipe.transformer._compiled_call_impl is not None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

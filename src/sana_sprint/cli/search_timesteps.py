@@ -61,7 +61,9 @@ def run(options: argparse.Namespace) -> None:
             options.output.mkdir(parents=True, exist_ok=True)
         distance = artist.distance()
 
-        kept = _KeptScores(options.output and options.output / "trials.json", artist.settings())
+        network = artist.pipe.transformer
+        computed = {"dtype": str(network.dtype), "device": network.device.type}
+        kept = _KeptScores(options.output and options.output / "trials.json", {**artist.settings(), **computed})
 
         def score_timetable(angles: tuple[float, ...]) -> dict[str, float]:
             if angles not in kept.scores:

@@ -42,9 +42,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def _bits_of(settings: Mapping[str, Any]) -> int:
-    """Of quantised weights: bitsandbytes says them; of torchao and Quanto, the name of the numbers does."""
+    """Of quantised weights: bitsandbytes and others say them; of torchao and Quanto, the name of the numbers does."""
     if settings.get("quant_method", "bitsandbytes") == "bitsandbytes":
         return 8 if settings.get("load_in_8bit") else 4
+    if "bits" in settings:  # of GPTQ and AWQ
+        return 8 if settings["bits"] > 4 else 4
     named = re.search(r"(?:int|float|fp)(\d)", f"{settings.get('quant_type')} {settings.get('weights_dtype')}".lower())
     # 16 is more than any of them takes.
     return 16 if named is None else 8 if int(named[1]) > 4 else 4

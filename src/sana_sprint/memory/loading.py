@@ -123,7 +123,9 @@ def budget_of(device: torch.device, memory: int | None, ram: int | None = None) 
         ValueError: for `ram` beside a CPU, whose memory is the machine's, and for a device whose memory is not known.
     """
     if device.type == "mps":
-        raise ValueError("what fits is planned for CPUs and for GPUs with memory of their own, not for mps")
+        raise ValueError(
+            "what fits is planned for a CPU, or a GPU with memory of its own, and not for mps: choose the device cpu"
+        )
     if device.type == "cpu" and ram is not None:
         raise ValueError("ram is the machine's memory beside a GPU: where the CPU draws, say memory instead")
     if memory is not None:

@@ -331,8 +331,8 @@ def compile_pipeline(
     numbers_of_steps = [whole_number("steps", number) for number in steps]
     wanted: list[tuple[int | None, int | None]] = [(None, None)] if sizes is None else list(sizes)
     with _checking(pipe):
-        for size in wanted:
-            _draw(pipe, size, batches[0], lengths[0], numbers_of_steps[0], call)
+        for size, batch, number in product(wanted, batches[:1], numbers_of_steps[:1]):
+            _draw(pipe, size, batch, lengths[0], number, call)
 
     began = time.perf_counter()
     _compile_networks(pipe, settings)

@@ -1,6 +1,7 @@
 """A recipe to the embedded checkpoint: every stage of training on the shapes world, in order, each resumable."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,12 @@ class ShapesTraining:
         data = self.flow_data().to(self.device)
         began_with = sources(data, teacher=teacher, student=student)
         objective = Distillation(teacher, data, settings, student, fake_score)
-        results = {"transformer": train(objective, loop, self._run(stage), stage, self.device, sources=began_with)}
+        average = train(objective, loop, self._run(stage), stage, self.device, sources=began_with)
         if objective.fake_score is not None:
-            results["fake_score"] = objective.fake_score
-        self._keep(stage, **results)
+            self._keep(stage, fake_score=objective.fake_score)
+        elif self.processes.is_main_process:
+            shutil.rmtree(self.folder / stage / "fake_score", ignore_errors=True)  # of an earlier run
+        self._keep(stage, transformer=average)
 
     def assemble(self) -> None:
         """Write the checkpoint in diffusers layout, in bfloat16, with a record of how it was made."""
