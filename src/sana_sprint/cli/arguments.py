@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 from sana_sprint.sizes import byte_count
 
@@ -60,13 +61,16 @@ def size(text: str) -> tuple[int, int]:
 
 
 def angles(text: str) -> tuple[float, ...]:
-    """Angles in radians from "1.57,1.3,0"."""
+    """Descending angles in radians from "1.57,1.3,0"."""
     try:
-        return tuple(float(angle) for angle in text.split(","))
+        found = tuple(float(angle) for angle in text.split(","))
     except ValueError:
+        found = ()
+    if len(found) < 2 or not all(later < earlier for earlier, later in pairwise(found)):  # nan is not smaller
         raise argparse.ArgumentTypeError(
-            f"wanted angles separated by commas, such as 1.57,1.3,0, got {text!r}"
-        ) from None
+            f"wanted descending angles separated by commas, such as 1.57,1.3,0, got {text!r}"
+        )
+    return found
 
 
 def amount(text: str) -> int:
