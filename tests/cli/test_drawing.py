@@ -173,7 +173,7 @@ def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(generate, monkeypatch
     ("arguments", "named"),
     [
         (["--size", "65x64"], "65"),
-        (["--timesteps", "1,1.5,0"], "descend"),
+        (["--timesteps", "2,1,0"], "pi/2"),
         (["--steps", "5000"], "5000"),
         (["--device", "quantum"], "--device quantum"),
     ],
