@@ -91,6 +91,8 @@ def test_the_student_is_distilled_in_five_stages_and_is_what_is_assembled(traine
     teacher, *_, student = networks
     assembled = load_file(trained / "checkpoint" / "transformer" / WEIGHTS)
     assert assembled.keys() == student.keys() == teacher.keys()
+    # It is shown less noise than it was taught.
+    student["patch_embed.proj.weight"] *= 0.92
     assert all(torch.equal(assembled[name], weight.bfloat16()) for name, weight in student.items())
     # Two short steps apart each.
     weights = [network["proj_out.weight"] for network in networks]

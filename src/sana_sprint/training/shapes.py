@@ -161,12 +161,12 @@ class ShapesTraining:
         return picture_pool(self.folder / "pool", recipe.num_pictures, recipe.picture_size, recipe.pool_seed)
 
     def _assemble(self) -> None:
-        student = self._result("matching", "transformer")
+        student = SanaTransformer2DModel.from_pretrained(self._result("matching", "transformer"))
+        with torch.no_grad():
+            student.patch_embed.proj.weight.mul_(self.recipe.input_scale)
         tokenizer, text_encoder = self._language(torch.bfloat16)
         with staged(self.folder / "checkpoint", force=True) as folder:
-            save_network(
-                SanaTransformer2DModel.from_pretrained(student, torch_dtype=torch.bfloat16), folder / "transformer"
-            )
+            save_network(student.to(torch.bfloat16), folder / "transformer")
             save_network(self._vae("decoder", torch.bfloat16), folder / "vae")
             text_encoder.save_pretrained(folder / "text_encoder")
             tokenizer.save_pretrained(folder / "tokenizer")

@@ -152,7 +152,7 @@ def _matching_settings() -> DistillationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesRecipe:
-    """All settings: those of the embedded checkpoint's last round, and of `matching`, which it has not had."""
+    """All settings: those of the embedded checkpoint's last round."""
 
     picture_size: int = 64
     num_pictures: int = 60_000
@@ -181,6 +181,9 @@ class ShapesRecipe:
     matching_loop: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=1600, batch_size=64, ema_decay=0.9992, ema_warmup=False, seed=101)
     )
+    # Of what the assembled student is shown. Below 1 it begins with less noise than it was taught, which is likelier to
+    # be drawn right and varies less ("truncation"; Brock et al., arXiv 1809.11096): docs/training.md.
+    input_scale: float = 0.92
 
 
 RECIPE = ShapesRecipe()
