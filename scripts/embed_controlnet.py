@@ -29,6 +29,12 @@ def _distillation(record: dict[str, Any]) -> str:
     return f"distillation {loop['steps']:,} (seed {loop['seed']})"
 
 
+def _went_on(record: dict[str, Any]) -> str:
+    """A run by hand after the stages, if there was one."""
+    run = record.get("went_on")
+    return f" At last {run['steps']} steps (seed {run['seed']}) {run['command']}." if run else ""
+
+
 def model_card(record: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """What the ControlNet is, how it was made, and how well it is followed."""
     recipe = record["recipe"]
@@ -41,8 +47,8 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any]) -> str:
         f"Made by the stages of `sana-sprint train shapes_control` with {versions}. Steps of {first['batch_size']}"
         f" pictures: control {first['steps']:,} (seed {first['seed']}), {_distillation(record)}. Then"
         f" rescaling, {last['steps']:,} (seed {last['seed']}): it learned to draw at scale 1 as before at"
-        f" {scale['first_scale']} on pure noise and at {scale['later_scale']} in later steps. All settings, and the"
-        " losses of all stages, are in `training.json`; docs/control.md tells more.",
+        f" {scale['first_scale']} on pure noise and at {scale['later_scale']} in later steps.{_went_on(record)} All"
+        " settings, and the losses of all stages, are in `training.json`; docs/control.md tells more.",
         f"Scores on {evaluation['num_captions']} held-out scenes by their edges and a caption that names their colours"
         f" only, guidance {evaluation['guidance']}: how well what is drawn covers what the edges enclose, the share of"
         " pictures in the scene's colours and no other, and the same of shapes-base alone, which is told the kinds:",
