@@ -152,7 +152,7 @@ def _matching_settings() -> DistillationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesRecipe:
-    """All settings: those of the embedded checkpoint's last round."""
+    """All settings: those of the embedded checkpoint's last round, whose last stages were run more often, by hand."""
 
     picture_size: int = 64
     num_pictures: int = 60_000
