@@ -17,38 +17,23 @@ from embed_checkpoint import replace_folder, table
 DESTINATION = CHECKPOINT.parent / "shapes-control"
 
 
-def _distillation(record: dict[str, Any]) -> str:
-    """Steps and seed of the second stage, or of each part in which it was run by hand, with how that differed."""
-    parts = []
-    for part in record.get("distilled_in_parts", []):
-        others = ", ".join(f"{name} {value:g}" for name, value in part.items() if name not in ("steps", "seed"))
-        parts.append(f"{part['steps']} with {others} (seed {part['seed']})")
-    if parts:
-        return f"distillation in parts, by hand, one after the other: {'; '.join(parts)}"
-    loop = record["recipe"]["distillation_loop"]
-    return f"distillation {loop['steps']:,} (seed {loop['seed']})"
-
-
-def _went_on(record: dict[str, Any]) -> str:
-    """A run by hand after the stages, if there was one."""
-    run = record.get("went_on")
-    return f" At last {run['steps']} steps (seed {run['seed']}) {run['command']}." if run else ""
+def _stages(recipe: dict[str, Any]) -> str:
+    """The stages' names with their steps and seeds, in order."""
+    loops = {name.removesuffix("_loop"): loop for name, loop in recipe.items() if name.endswith("_loop")}
+    return ", ".join(f"{stage} {loop['steps']:,} (seed {loop['seed']})" for stage, loop in loops.items())
 
 
 def model_card(record: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """What the ControlNet is, how it was made, and how well it is followed."""
     recipe = record["recipe"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    first, last, scale = recipe["control_loop"], recipe["rescaling_loop"], recipe["rescaling"]["scale"]
     paragraphs = [
         "A ControlNet for shapes-base by edges, in bfloat16, Apache-2.0: it copies"
         f" {recipe['num_layers']} of the transformer's five blocks. Draw by it with `sana-sprint generate"
         ' "red and blue on a white ground" --control-image PICTURE`.',
-        f"Made by the stages of `sana-sprint train shapes_control` with {versions}. Steps of {first['batch_size']}"
-        f" pictures: control {first['steps']:,} (seed {first['seed']}), {_distillation(record)}. Then"
-        f" rescaling, {last['steps']:,} (seed {last['seed']}): it learned to draw at scale 1 as before at"
-        f" {scale['first_scale']} on pure noise and at {scale['later_scale']} in later steps.{_went_on(record)} All"
-        " settings, and the losses of all stages, are in `training.json`; docs/control.md tells more.",
+        f"Made by `sana-sprint train shapes_control` with {versions}. Steps of {recipe['control_loop']['batch_size']}"
+        f" pictures: {_stages(recipe)}. All settings, and the losses of all stages, are in `training.json`;"
+        " docs/control.md tells more.",
         f"Scores on {evaluation['num_captions']} held-out scenes by their edges and a caption that names their colours"
         f" only, guidance {evaluation['guidance']}: how well what is drawn covers what the edges enclose, the share of"
         " pictures in the scene's colours and no other, and the same of shapes-base alone, which is told the kinds:",

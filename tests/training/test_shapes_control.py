@@ -50,7 +50,7 @@ def test_the_result_loads_alone_is_below_four_megabytes_and_says_how_it_was_made
     assert {stage: losses[-1]["step"] for stage, losses in record["losses"].items()} == {
         "control": 2,
         "distillation": 2,
-        "rescaling": 2,
+        "pixels": 2,
     }
 
 
@@ -67,7 +67,7 @@ def test_each_stage_moves_what_the_one_before_has_left_and_a_second_run_changes_
     folder, result = trained
     first, second, third = (
         SanaControlNetModel.from_pretrained(folder / stage / "controlnet").controlnet_blocks[0].weight
-        for stage in ("control", "distillation", "rescaling")
+        for stage in ("control", "distillation", "pixels")
     )
     assert first.any()
     assert not torch.equal(first, second)
@@ -81,22 +81,22 @@ def test_each_stage_moves_what_the_one_before_has_left_and_a_second_run_changes_
 
 def test_without_rates_the_last_stage_leaves_what_the_distillation_has_made(trained, tmp_path):
     folder, _ = trained
-    still = replace(SHORT.rescaling.optimiser, learning_rate=0.0, matrix_learning_rate=0.0)
-    recipe = replace(SHORT, rescaling=replace(SHORT.rescaling, optimiser=still))
-    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("rescaling"))
-    training(tmp_path / "run", recipe).rescaling()
+    still = replace(SHORT.pixels.optimiser, learning_rate=0.0, matrix_learning_rate=0.0)
+    recipe = replace(SHORT, pixels=replace(SHORT.pixels, optimiser=still))
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("pixels"))
+    training(tmp_path / "run", recipe).pixels()
     before, after = (
-        load_file(tmp_path / "run" / stage / "controlnet" / WEIGHTS) for stage in ("distillation", "rescaling")
+        load_file(tmp_path / "run" / stage / "controlnet" / WEIGHTS) for stage in ("distillation", "pixels")
     )
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_a_rehearsal_knows_the_three_stages_and_the_networks_of_the_last():
     stages = rehearse(RECIPE, shapes.RECIPE.flow.config)
-    assert list(stages) == ["control", "control distillation", "rescaling"]
-    assert list(stages["rescaling"].networks) == ["transformer", "student", "control"]
-    sizes = {name: network.parameters for name, network in stages["rescaling"].networks.items()}
-    assert sizes["student"] == sizes["control"] < sizes["transformer"]
+    assert list(stages) == ["control", "control distillation", "pixels"]
+    networks = stages["pixels"].networks
+    assert list(networks) == ["transformer", "student", "vae"]
+    assert networks["student"].gradients > 0 == networks["transformer"].gradients == networks["vae"].gradients
 
 
 def test_the_data_are_pictures_with_their_own_edges(trained):

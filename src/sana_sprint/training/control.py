@@ -31,16 +31,14 @@ def control_residuals(
     time: torch.Tensor,
     batch: LatentBatch,
     guidance: torch.Tensor,
-    scale: float | torch.Tensor = 1.0,
 ) -> ControlSamples:
-    """What a ControlNet adds for a batch's drawings, at guidance scales (B,) if it embeds them, times `scale`."""
+    """What a ControlNet adds for a batch's drawings, at guidance scales (B,) if it embeds them."""
     assert batch.control is not None
     return control(
         latents,
         encoder_hidden_states=batch.caption,
         timestep=time,
         controlnet_cond=batch.control,
-        conditioning_scale=scale,
         encoder_attention_mask=batch.mask,
         guidance=guidance * control.config.guidance_embeds_scale if embeds_guidance(control) else None,
         return_dict=False,
@@ -54,13 +52,9 @@ def controlled_velocity(
     time: torch.Tensor,
     batch: LatentBatch,
     guidance: torch.Tensor,
-    scale: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
-    """Velocity (B, C, h, w) in float32 of a transformer with a ControlNet, guided at (B,) where they embed that.
-
-    What the ControlNet adds is multiplied by `scale`, a number or (B,).
-    """
-    residuals = control_residuals(control, latents, time, batch, guidance, scale)
+    """Velocity (B, C, h, w) in float32 of a transformer with a ControlNet, guided at (B,) where they embed that."""
+    residuals = control_residuals(control, latents, time, batch, guidance)
     own = guidance if embeds_guidance(transformer) else None
     return predict_velocity(transformer, latents, time, batch.caption, batch.mask, own, residuals)
 

@@ -14,7 +14,7 @@ from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_
 from sana_sprint.training.autoencoder import AutoencoderObjective, DecoderObjective
 from sana_sprint.training.control import ControlObjective
 from sana_sprint.training.control_distillation import ControlDistillation
-from sana_sprint.training.control_rescaling import ControlRescaling
+from sana_sprint.training.control_pixels import PixelObjective
 from sana_sprint.training.control_sprint import SprintControlRecipe, sprint_control_objective
 from sana_sprint.training.control_teacher import ControlRecipe, control_objective
 from sana_sprint.training.data import PicturePool
@@ -26,6 +26,7 @@ from sana_sprint.training.footprint import EmptyLatents, Footprint, footprint
 from sana_sprint.training.language import CaptionBatch, ReadingModel
 from sana_sprint.training.loop import Objective
 from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
+from sana_sprint.training.recipes import shapes
 from sana_sprint.training.recipes.shapes import ShapesRecipe
 from sana_sprint.training.recipes.shapes_control import ShapesControlRecipe
 from sana_sprint.training.sprint import SprintRecipe, sprint_objective
@@ -97,11 +98,12 @@ def _control(
     first = ControlObjective(transformer, control, data, recipe.control)
     stages = {"control": footprint(first, recipe.control_loop)}
     second = ControlDistillation(transformer, control, student, data, _uncompiled(recipe.distillation))
-    third = ControlRescaling(student, control, data, replace(recipe.rescaling, compile=False))
+    vae = AutoencoderDC(**shapes.RECIPE.autoencoder.config)
+    third = PixelObjective(student, control, vae, data, replace(recipe.pixels, compile=False))
     return {
         **stages,
         "control distillation": footprint(second, recipe.distillation_loop),
-        "rescaling": footprint(third, recipe.rescaling_loop),
+        "pixels": footprint(third, recipe.pixels_loop),
     }
 
 

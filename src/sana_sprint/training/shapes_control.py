@@ -14,7 +14,7 @@ from sana_sprint.shapes.sampler import Example
 from sana_sprint.training.autoencoder import encode_pictures
 from sana_sprint.training.control import train_control
 from sana_sprint.training.control_distillation import ControlDistillation
-from sana_sprint.training.control_rescaling import ControlRescaling
+from sana_sprint.training.control_pixels import PixelObjective
 from sana_sprint.training.data import picture_pool, pool_examples
 from sana_sprint.training.export import export_network, record_of
 from sana_sprint.training.flow import FlowData, encode_captions
@@ -25,7 +25,7 @@ from sana_sprint.training.recipes.shapes_control import ShapesControlRecipe
 from sana_sprint.transformer.control import SanaControlNetModel
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
-_STAGES = ("control", "distillation", "rescaling")
+_STAGES = ("control", "distillation", "pixels")
 # Settings of a recipe that its latents and texts are made by.
 _OF_THE_DATA = ("num_pictures", "picture_size", "pool_seed", "max_caption_tokens", "colour_caption_share")
 
@@ -70,7 +70,7 @@ class ShapesControlTraining:
         """Run all stages; return the folder of the ControlNet, in bfloat16, with a record of how it was made."""
         self.control()
         self.distillation()
-        self.rescaling()
+        self.pixels()
         folder = self.folder / "controlnet"
         if self.processes.is_main_process:
             logs = {stage: self._run(stage) / "log.jsonl" for stage in _STAGES}
@@ -103,23 +103,27 @@ class ShapesControlTraining:
         average = train(objective, recipe.distillation_loop, run, title, self.device, sources=began_with)
         self._keep("distillation", average)
 
-    def rescaling(self) -> None:
-        """Teach it to draw at scale 1 as it does at the scales that are best."""
+    def pixels(self) -> None:
+        """Teach it by what the decoder shows of what it draws."""
         recipe = self.recipe
         control = SanaControlNetModel.from_pretrained(self._result("distillation"))
-        data, student = self.data().to(self.device), self._distilled()
-        began_with = sources(data, control=control, student=student)
-        objective = ControlRescaling(student, control, data, recipe.rescaling)
-        run, title = self._run("rescaling"), "rescaling"
-        average = train(objective, recipe.rescaling_loop, run, title, self.device, sources=began_with)
-        self._keep("rescaling", average)
+        data, student, vae = self.data().to(self.device), self._distilled(), self._vae()
+        began_with = sources(data, control=control, student=student, autoencoder=vae)
+        vae.to(memory_format=torch.channels_last)
+        objective = PixelObjective(student, control, vae, data, recipe.pixels)
+        run, title = self._run("pixels"), "pixels"
+        average = train(objective, recipe.pixels_loop, run, title, self.device, sources=began_with)
+        self._keep("pixels", average)
 
     def _distilled(self) -> SanaTransformer2DModel:
         return SanaTransformer2DModel.from_pretrained(self.student / "transformer", torch_dtype=torch.float32)
 
+    def _vae(self) -> AutoencoderDC:
+        return AutoencoderDC.from_pretrained(self.student / "vae", torch_dtype=torch.float32).eval()
+
     def data(self) -> FlowData:
         """Latents and texts of pictures, and latents of their edges; computed once, then read from the folder."""
-        vae = AutoencoderDC.from_pretrained(self.student / "vae", torch_dtype=torch.float32).eval()
+        vae = self._vae()
         text_encoder = Gemma2Model.from_pretrained(self.student / "text_encoder", dtype=torch.float32)
         made_from = {
             **{name: getattr(self.recipe, name) for name in _OF_THE_DATA},

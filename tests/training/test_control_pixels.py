@@ -1,0 +1,100 @@
+"""A ControlNet that learns by decoded pictures; with tiny real networks."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_control import controlled_data, open_control
+from tiny_training import CONFIG, tiny_teacher
+
+from sana_sprint.training.control_pixels import PixelObjective, PixelSettings
+from sana_sprint.training.distillation import AngleDistribution
+from sana_sprint.training.draws import Draws
+from sana_sprint.training.loop import train
+from sana_sprint.training.optimiser import OptimiserSettings
+from sana_sprint.training.settings import LoopSettings
+from sana_sprint.transformer.model import SanaTransformer2DModel
+
+SETTINGS = PixelSettings(
+    optimiser=OptimiserSettings(learning_rate=3e-3, warmup_steps=1, weight_decay=0.0),
+    later_angles=AngleDistribution(mean=0.1, std=0.6),
+    use_muon=False,
+    compile=False,
+)
+LOOP = LoopSettings(steps=60, batch_size=4, precision="fp32", ema_decay=0.5, log_every=10)
+
+
+@pytest.fixture
+def pixels(tiny_pipeline_parts) -> Callable[..., PixelObjective]:
+    """Objectives with networks of their own; keywords change the settings."""
+
+    def make(**settings: Any) -> PixelObjective:
+        torch.manual_seed(3)
+        transformer, vae = SanaTransformer2DModel(**CONFIG), copy.deepcopy(tiny_pipeline_parts["vae"])
+        control = open_control(tiny_teacher())
+        return PixelObjective(transformer, control, vae, controlled_data(), replace(SETTINGS, **settings))
+
+    return make
+
+
+def losses(objective: PixelObjective) -> dict[str, float]:
+    with torch.no_grad():
+        return {name: float(loss) for name, loss in objective(Draws.of_step(7, 0, 4)).items()}
+
+
+def test_the_loss_is_how_far_both_steps_pictures_are_from_those_of_the_data(pixels):
+    objective = pixels().eval()
+    found = losses(objective)
+    assert found["loss"] == pytest.approx(found["first"] + found["later"])
+    assert min(found.values()) > 0
+    # A decoder with half the contrast shows half the difference, and one that shows one picture always shows none.
+    for contrast in (0.5, 0.0):
+        with torch.no_grad():
+            objective.vae.decoder.conv_out.weight *= contrast
+        wanted = {name: contrast * loss for name, loss in found.items()}
+        assert losses(objective) == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+
+
+def test_what_the_decoder_does_not_show_does_not_count(pixels):
+    objective = pixels().eval()
+    objective.vae.decoder.in_shortcut = False
+    with torch.no_grad():
+        objective.vae.decoder.conv_in.weight[:, 0] = 0
+    before, data = losses(objective), objective.data
+    for channel, counts in ((0, False), (1, True)):
+        latents = data.latents.clone()
+        latents[:, channel] += 1
+        objective.data = replace(data, latents=latents)
+        assert (losses(objective) != before) == counts
+
+
+def test_later_steps_begin_at_what_the_first_one_drew_and_do_not_teach_it(pixels):
+    # At an angle of nearly zero a step changes nothing.
+    objective = pixels(later_angles=AngleDistribution(mean=-12.0, std=0.1))
+    found = objective(Draws.of_step(7, 0, 4))
+    assert found["first"] > 0
+    torch.testing.assert_close(found["later"], found["first"], rtol=1e-3, atol=0)
+    way_out = objective.student.controlnet_blocks[0].weight
+    first, later = (
+        torch.autograd.grad(found[name], way_out, retain_graph=True)[0].norm() for name in ("first", "later")
+    )
+    assert 0 < later < 1e-3 * first
+    assert losses(pixels().eval())["later"] != pytest.approx(found["first"].item(), rel=1e-3)
+
+
+def test_the_copy_learns_both_steps_and_nothing_else_moves(pixels, tmp_path):
+    objective = pixels()
+    frozen = {
+        name: weight.clone() for name, weight in objective.state_dict().items() if not name.startswith("student.")
+    }
+    before = losses(objective)
+    train(objective, LOOP, tmp_path, "pixels", torch.device("cpu"))
+    after = losses(objective)
+    assert after["first"] < before["first"]
+    assert after["later"] < before["later"]
+    for name, weight in objective.state_dict().items():
+        if name in frozen:
+            torch.testing.assert_close(weight, frozen[name], rtol=0, atol=0)
