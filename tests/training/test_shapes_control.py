@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ pytest.importorskip("cv2", reason="OpenCV is not installed: pip install 'sana-sp
 
 SHORT = shortened(RECIPE, steps=2, num_pictures=32, batch_size=4)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def training(folder, recipe=SHORT):
@@ -52,6 +54,18 @@ def test_the_result_loads_alone_is_below_four_megabytes_and_says_how_it_was_made
         "distillation": 2,
         "pixels": 2,
     }
+
+
+def test_the_card_tells_the_steps_of_all_stages_and_the_scores(trained, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from embed_controlnet import model_card
+
+    _, result = trained
+    scores = {"intersection_over_union": 0.25, "colours": 0.5, "base_colours": 0.75}
+    evaluation = {"num_captions": 6, "guidance": 4.5, "results": [{"steps": 2, "scores": scores}]}
+    card = model_card(json.loads((result / "training.json").read_text()), evaluation)
+    assert "of 4 pictures: control 2 (seed 30), distillation 2 (seed 31), pixels 2 (seed 50)." in " ".join(card.split())
+    assert "| 2 | 0.250 | 0.500 | 0.750 |" in card
 
 
 def test_one_block_more_would_be_too_large():

@@ -18,7 +18,7 @@ from sana_sprint.training.control_pixels import PixelObjective
 from sana_sprint.training.data import picture_pool, pool_examples
 from sana_sprint.training.export import export_network, record_of
 from sana_sprint.training.flow import FlowData, encode_captions
-from sana_sprint.training.identity import made_once, network_digest, sources
+from sana_sprint.training.identity import made_from, made_once, sources
 from sana_sprint.training.loop import train
 from sana_sprint.training.origin import Origin
 from sana_sprint.training.recipes.shapes_control import ShapesControlRecipe
@@ -125,13 +125,9 @@ class ShapesControlTraining:
         """Latents and texts of pictures, and latents of their edges; computed once, then read from the folder."""
         vae = self._vae()
         text_encoder = Gemma2Model.from_pretrained(self.student / "text_encoder", dtype=torch.float32)
-        made_from = {
-            **{name: getattr(self.recipe, name) for name in _OF_THE_DATA},
-            "autoencoder": network_digest(vae),
-            "text_encoder": network_digest(text_encoder),
-        }
+        provenance = made_from(self.recipe, _OF_THE_DATA, autoencoder=vae, text_encoder=text_encoder)
         with self.processes.main_process_first():
-            kept = made_once(self.folder / "data.pt", made_from, lambda: self._encoded(vae, text_encoder))
+            kept = made_once(self.folder / "data.pt", provenance, lambda: self._encoded(vae, text_encoder))
         return FlowData(kept["latents"], kept["captions"], kept["masks"], controls=kept["controls"])
 
     def _encoded(self, vae: AutoencoderDC, text_encoder: Gemma2Model) -> dict[str, torch.Tensor]:
