@@ -90,7 +90,7 @@ def test_agreement_is_of_what_both_cover():
 
 
 def test_the_embedded_controlnet_is_followed():
-    """Asked for is what 500 scenes have, 0.854 and 0.972, minus two deviations of a mean of 24 (0.013, 0.034)."""
+    """Asked for is what 500 scenes have, 0.890 and 0.982, minus two deviations of a mean of 24 (0.011, 0.027)."""
     base = SanaSprintPipeline.from_pretrained(embedded_checkpoint(), torch_dtype=torch.bfloat16)
     controlnet = SanaControlNetModel.from_pretrained(embedded_controlnet(), torch_dtype=torch.bfloat16)
     pipe = SanaSprintControlNetPipeline.from_pipe(base, controlnet=controlnet)
@@ -102,5 +102,5 @@ def test_the_embedded_controlnet_is_followed():
         return [np.asarray(image) for image in images]
 
     scores = score_control(draw, COUNT, SEED)
-    assert scores["intersection_over_union"] > 0.83
-    assert scores["colours"] > 0.9
+    assert scores["intersection_over_union"] > 0.868
+    assert scores["colours"] > 0.928

@@ -1,4 +1,4 @@
-"""A ControlNet for the shapes checkpoint, by edges: its three stages; an hour or two on two CPU cores.
+"""A ControlNet for the shapes checkpoint, by edges: its three stages; under an hour on two CPU cores.
 
 It needs two results of a run of the recipe shapes: the flow transformer with its guidance built in, and the checkpoint
 that was distilled from it.
@@ -36,7 +36,7 @@ def _pixel_settings() -> PixelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesControlRecipe:
-    """All settings of a ControlNet like the embedded one, whose second stage was run in parts: docs/control.md."""
+    """All settings of the embedded ControlNet."""
 
     teacher: str = "runs/shapes/guidance/transformer"  # a folder, or hub id, of the transformer
     student: str = "runs/shapes/checkpoint"  # a pipeline's folder, or embedded
