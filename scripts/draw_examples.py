@@ -16,7 +16,7 @@ from sana_sprint import (
     embedded_controlnet,
 )
 from sana_sprint.cli.sheet import draw_sheet
-from sana_sprint.evaluation.control import held_out_scenes
+from sana_sprint.evaluation.control import edges_of, held_out_scenes
 
 COLOURS = ("red and blue on a white ground", "yellow and green on a black ground", "orange and pink on a grey ground")
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -34,8 +34,8 @@ def following_drawings(pipe: SanaSprintPipeline) -> Image.Image:
     controlnet = SanaControlNetModel.from_pretrained(embedded_controlnet(), torch_dtype=pipe.dtype)
     controlled = SanaSprintControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
     controlled.set_progress_bar_config(disable=True)
-    scenes = held_out_scenes(60, seed=SEED)
-    two_things = [drawing for scene, drawing in zip(scenes.scenes, scenes.drawings(64)) if len(scene.shapes) == 2]
+    scenes = held_out_scenes(60, seed=SEED).scenes
+    two_things = [drawing for scene, drawing in zip(scenes, edges_of(scenes, 64)) if len(scene.shapes) == 2]
     images, captions = [], []
     for drawing in two_things[:3]:
         images.append(drawing)

@@ -31,12 +31,14 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any]) -> str:
         "A ControlNet for shapes-base by edges, in bfloat16, Apache-2.0: it copies"
         f" {recipe['num_layers']} of the transformer's five blocks. Draw by it with `sana-sprint generate"
         ' "red and blue on a white ground" --control-image PICTURE`.',
-        f"Made by `sana-sprint train shapes_control` with {versions}. Steps of {recipe['control_loop']['batch_size']}"
-        f" pictures: {_stages(recipe)}. All settings, and the losses of all stages, are in `training.json`;"
-        " docs/control.md tells more.",
+        f"Made by `sana-sprint train shapes_control --set teacher={recipe['teacher']} student={recipe['student']}` with"
+        f" {versions}. Steps of {recipe['control_loop']['batch_size']} pictures: {_stages(recipe)}. All settings, and"
+        " the losses of all stages, are in `training.json`; docs/control.md tells more.",
         f"Scores on {evaluation['num_captions']} held-out scenes by their edges and a caption that names their colours"
         f" only, guidance {evaluation['guidance']}: how well what is drawn covers what the edges enclose, the share of"
-        " pictures in the scene's colours and no other, and the same of shapes-base alone, which is told the kinds:",
+        " pictures in the scene's colours and no other, and the same of shapes-base alone, which is told the kinds."
+        " Open captions are any held-out ones, each drawn by the edges of a scene that fulfils it, as the judge finds"
+        " them:",
     ]
     names = list(evaluation["results"][0]["scores"])
     rows = [["steps", *(name.replace("_", " ") for name in names)]]

@@ -109,10 +109,10 @@ def test_a_controlnet_is_scored_by_places_and_colours_for_each_number_of_steps(e
         scores = result["scores"]
         # Noise stands out from every ground, nearly everywhere; a colour of the world it hardly is.
         assert 0 < scores["intersection_over_union"] < 0.5
-        assert scores["colours"] == scores["base_colours"] == 0
+        assert scores["colours"] == scores["base_colours"] == scores["open_captions"] == 0
     title, header, *rows = evaluate(*options).splitlines()
     assert title == "6 held-out scenes by their edges and colours, guidance 4.5"
-    assert [name in header for name in ("intersection over union", "colours", "base colours")] == [True] * 3
+    assert [name in header for name in ("intersection over union", "base colours", "open captions")] == [True] * 3
     assert len(rows) == 2
 
 

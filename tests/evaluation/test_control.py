@@ -17,8 +17,10 @@ from sana_sprint.evaluation.control import (
     score_base_colours,
     score_colours,
     score_control,
+    score_open_captions,
     score_places,
 )
+from sana_sprint.evaluation.shapes import held_out_captions
 from sana_sprint.shapes.captions import are_words_held_out, is_held_out, parse, unknown_words
 from sana_sprint.shapes.palette import SHAPE_COLOURS
 from sana_sprint.shapes.renderer import render
@@ -82,6 +84,22 @@ def test_the_base_is_told_the_kinds_and_scored_for_the_same_colours():
     assert score_base_colours(draw, COUNT, SEED) == 1.0  # other scenes, of the same colours
 
 
+def test_open_captions_are_any_and_the_judge_decides():
+    shown = []
+
+    def draw(captions, drawings, drawn_before):
+        shown.extend(zip(captions, drawings, strict=True))
+        return [render(complete(parse(caption), np.random.default_rng(drawn_before))) for caption in captions]
+
+    assert score_open_captions(draw, COUNT, SEED) == 1.0
+    captions = [caption for caption, _ in shown]
+    assert tuple(captions) == held_out_captions(COUNT, SEED).captions
+    assert sum(not parse(caption).names_all_colours for caption in captions) > COUNT / 2
+    # A shape of each caption has an outline of its own.
+    assert all(np.asarray(drawing).any() for _, drawing in shown)
+    assert score_open_captions(lambda *given: [np.full((64, 64, 3), 252, np.uint8)] * len(given[0]), COUNT, SEED) == 0
+
+
 def test_agreement_is_of_what_both_cover():
     one, other = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
     assert intersection_over_union(one, other) == 1
@@ -90,7 +108,7 @@ def test_agreement_is_of_what_both_cover():
 
 
 def test_the_embedded_controlnet_is_followed():
-    """Asked for is what 500 scenes have, 0.890 and 0.982, minus two deviations of a mean of 24 (0.011, 0.027)."""
+    """Asked for is what 500 scenes have, 0.894 and 0.984, minus two deviations of a mean of 24 (0.010, 0.026)."""
     base = SanaSprintPipeline.from_pretrained(embedded_checkpoint(), torch_dtype=torch.bfloat16)
     controlnet = SanaControlNetModel.from_pretrained(embedded_controlnet(), torch_dtype=torch.bfloat16)
     pipe = SanaSprintControlNetPipeline.from_pipe(base, controlnet=controlnet)
@@ -102,5 +120,5 @@ def test_the_embedded_controlnet_is_followed():
         return [np.asarray(image) for image in images]
 
     scores = score_control(draw, COUNT, SEED)
-    assert scores["intersection_over_union"] > 0.868
-    assert scores["colours"] > 0.928
+    assert scores["intersection_over_union"] > 0.874
+    assert scores["colours"] > 0.932

@@ -1,10 +1,12 @@
 """What tells networks and data apart, and tensors that are made again where they were made from something else."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from sana_sprint.training.identity import made_once, network_digest, tensors_digest
+from sana_sprint.training.identity import data_sources, made_once, network_digest, tensors_digest
 
 TENSORS = {"a": torch.arange(600.0).reshape(20, 30), "b": torch.tensor(3.0)}
 
@@ -33,6 +35,16 @@ def test_networks_of_other_weights_differ_and_copies_do_not():
     assert network_digest(first) != network_digest(second)
     second.load_state_dict(first.state_dict())
     assert network_digest(first) == network_digest(second)
+
+
+def test_data_are_told_apart_by_the_settings_named_and_by_networks():
+    first, second = nn.Linear(4, 3), nn.Linear(4, 3)
+    recipe = SimpleNamespace(size=64, seed=1)
+    found = data_sources(recipe, ["size"], encoder=first)
+    assert found == {"size": 64, "encoder": network_digest(first)}
+    assert data_sources(SimpleNamespace(size=64, seed=2), ["size"], encoder=first) == found
+    assert data_sources(recipe, ["size"], encoder=second) != found
+    assert data_sources(SimpleNamespace(size=32, seed=1), ["size"], encoder=first) != found
 
 
 def test_tensors_are_made_once_and_again_from_something_else(tmp_path):

@@ -61,7 +61,7 @@ def test_the_card_tells_the_steps_of_all_stages_and_the_scores(trained, monkeypa
     from embed_controlnet import model_card
 
     _, result = trained
-    scores = {"intersection_over_union": 0.25, "colours": 0.5, "base_colours": 0.75}
+    scores = {"intersection_over_union": 0.25, "colours": 0.5, "open_captions": 0.75}
     evaluation = {"num_captions": 6, "guidance": 4.5, "results": [{"steps": 2, "scores": scores}]}
     card = model_card(json.loads((result / "training.json").read_text()), evaluation)
     assert "of 4 pictures: control 2 (seed 30), distillation 2 (seed 31), pixels 2 (seed 50)." in " ".join(card.split())
@@ -127,11 +127,30 @@ def test_the_data_are_pictures_with_their_own_edges(trained):
 
 def test_captions_of_training_are_not_held_out_and_some_name_colours_only(tmp_path):
     captions = training(tmp_path, replace(SHORT, num_pictures=400)).captions()
-    by_colours = [caption for caption in captions if is_by_colours(caption)]
+    by_colours = [caption for caption, _ in captions if is_by_colours(caption)]
     # Four standard deviations of a share of 0.6.
     assert len(by_colours) / 400 == pytest.approx(RECIPE.colour_caption_share, abs=0.1)
     assert not any(are_words_held_out(caption) for caption in by_colours)
-    assert not any(is_held_out(caption) for caption in captions if not is_by_colours(caption))
+    assert not any(is_held_out(caption) for caption, _ in captions if not is_by_colours(caption))
+
+
+def test_the_last_stage_learns_from_captions_only_that_leave_no_colour_open(trained):
+    folder, _ = trained
+    captions = training(folder).captions()
+    own = [(caption, is_complete) for caption, is_complete in captions if not is_by_colours(caption)]
+    assert len(own) < len(captions)
+    assert {is_complete for _, is_complete in own} == {True, False}
+    assert all(is_complete == parse(caption).names_all_colours for caption, is_complete in own)
+    assert all(is_complete for caption, is_complete in captions if is_by_colours(caption))
+    # The texts that its run began with are these, and the empty one.
+    data = training(folder).data()
+    kept = [place for place, (_, is_complete) in enumerate(captions) if is_complete]
+    chosen = data.only(torch.tensor([is_complete for _, is_complete in captions]))
+    torch.testing.assert_close(chosen.captions, data.captions[[*kept, len(captions)]], rtol=0, atol=0)
+    for name in ("latents", "controls"):
+        torch.testing.assert_close(getattr(chosen, name), getattr(data, name)[kept], rtol=0, atol=0)
+    state = torch.load(max((folder / "pixels" / "run").glob("state-*.pt")), weights_only=True)
+    assert state["settings"]["data"] == chosen.identity() != data.identity()
 
 
 def is_by_colours(caption: str) -> bool:

@@ -163,10 +163,10 @@ def _run_controlnet(options: argparse.Namespace) -> None:
 def _score_controlnet(artist: held_out.Artist, base: "Pipeline", steps: int) -> dict[str, float]:
     """Of the artist's pipeline, which is given drawings, and of the colours of one that is given none."""
     from sana_sprint.cli.model import seen_size
-    from sana_sprint.evaluation.control import score_base_colours, score_control
+    from sana_sprint.evaluation.control import score_base_colours, score_control, score_open_captions
 
     options = artist.options
-    with held_out.bar(f"drawing, {steps} steps", 2 * options.num_captions) as bar:
+    with held_out.bar(f"drawing, {steps} steps", 3 * options.num_captions) as bar:
 
         def draw_controlled(captions: Sequence[str], drawings: Sequence[Any], num_drawn: int) -> Any:
             bar.update(len(captions))
@@ -178,8 +178,11 @@ def _score_controlnet(artist: held_out.Artist, base: "Pipeline", steps: int) -> 
             return artist.draw_batch(base, captions, num_drawn, num_inference_steps=steps)
 
         side, _ = seen_size(artist.model)
-        scores = score_control(draw_controlled, options.num_captions, options.seed, size=side)
-        return {**scores, "base_colours": score_base_colours(draw, options.num_captions, options.seed)}
+        return {
+            **score_control(draw_controlled, options.num_captions, options.seed, size=side),
+            "base_colours": score_base_colours(draw, options.num_captions, options.seed),
+            "open_captions": score_open_captions(draw_controlled, options.num_captions, options.seed, size=side),
+        }
 
 
 def _run_pictures(options: argparse.Namespace) -> None:

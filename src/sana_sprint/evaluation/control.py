@@ -11,9 +11,9 @@ from PIL import Image
 
 from sana_sprint.conditioning.edges import edges
 from sana_sprint.evaluation.batches import batched
-from sana_sprint.evaluation.shapes import DrawCaptions
+from sana_sprint.evaluation.shapes import DrawCaptions, held_out_captions
 from sana_sprint.shapes.captions import are_words_held_out, describe, describe_colours, is_held_out
-from sana_sprint.shapes.judge import find_colours
+from sana_sprint.shapes.judge import find_colours, score
 from sana_sprint.shapes.renderer import cover, render
 from sana_sprint.shapes.scenes import CATEGORIES, COLOURS, GROUNDS, Request, Scene, choose, complete, draw_request
 
@@ -31,10 +31,6 @@ class HeldOutScenes:
     scenes: tuple[Scene, ...]
     colour_captions: tuple[str, ...]  # name the colours only, in words that no training caption has
     full_captions: tuple[str, ...]  # name kinds, colours and ground, and are held out
-
-    def drawings(self, size: int) -> list[Image.Image]:
-        """The edges of the rendered scenes."""
-        return [edges(render(scene, size)) for scene in self.scenes]
 
 
 def _held_out_request(rng: np.random.Generator, category: str) -> tuple[Request, str]:
@@ -92,6 +88,22 @@ def score_colours(pictures: Sequence[np.ndarray], scenes: Sequence[Scene]) -> fl
     return float(np.mean(correct))
 
 
+def edges_of(scenes: Sequence[Scene], size: int) -> list[Image.Image]:
+    """The edges of scenes, each rendered in so many pixels."""
+    return [edges(render(scene, size)) for scene in scenes]
+
+
+def _drawn(
+    draw: DrawControlled, captions: Sequence[str], scenes: Sequence[Scene], size: int, batch_size: int
+) -> list[np.ndarray]:
+    """A picture of each caption by the edges of its scene."""
+    pictures: list[np.ndarray] = []
+    for pairs in batched(list(zip(captions, edges_of(scenes, size), strict=True)), batch_size):
+        some_captions, some_drawings = zip(*pairs)
+        pictures.extend(draw(some_captions, some_drawings, len(pictures)))
+    return pictures
+
+
 def score_control(
     draw: DrawControlled, num_scenes: int = 500, seed: int = 2025, batch_size: int = 25, size: int = 64
 ) -> dict[str, float]:
@@ -108,10 +120,7 @@ def score_control(
         "intersection_over_union" (`score_places`) and "colours" (`score_colours`).
     """
     held_out = held_out_scenes(num_scenes, seed)
-    pictures: list[np.ndarray] = []
-    for pairs in batched(list(zip(held_out.colour_captions, held_out.drawings(size))), batch_size):
-        captions, drawings = zip(*pairs)
-        pictures.extend(draw(captions, drawings, len(pictures)))
+    pictures = _drawn(draw, held_out.colour_captions, held_out.scenes, size, batch_size)
     return {
         "intersection_over_union": score_places(pictures, held_out.scenes),
         "colours": score_colours(pictures, held_out.scenes),
@@ -128,3 +137,16 @@ def score_base_colours(draw: DrawCaptions, num_scenes: int = 500, seed: int = 20
     for captions in batched(held_out.full_captions, batch_size):
         pictures.extend(draw(captions, len(pictures)))
     return score_colours(pictures, held_out.scenes)
+
+
+def score_open_captions(
+    draw: DrawControlled, num_captions: int = 500, seed: int = 2025, batch_size: int = 25, size: int = 64
+) -> float:
+    """The judge's overall score of drawing any held-out captions, each by the edges of a scene that fulfils it.
+
+    The captions are those of `score_drawing`, of which most leave the ground or a colour open.
+    """
+    held_out = held_out_captions(num_captions, seed)
+    rng = np.random.default_rng((seed, 1))
+    scenes = [complete(request, rng) for request in held_out.requests]
+    return score(_drawn(draw, held_out.captions, scenes, size, batch_size), held_out.requests)["overall"]

@@ -75,6 +75,11 @@ class Request:
         """Number of shapes that the picture must show."""
         return sum(thing.count for thing in self.things)
 
+    @property
+    def names_all_colours(self) -> bool:
+        """Whether the ground and every thing have a colour."""
+        return self.ground is not None and all(thing.colour is not None for thing in self.things)
+
 
 @dataclass(frozen=True)
 class Placed:

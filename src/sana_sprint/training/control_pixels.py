@@ -1,8 +1,8 @@
 """A ControlNet of a distilled transformer to one whose decoded pictures lie where the drawing says.
 
 The squared error of latents counts what the decoder hardly shows as much as what moves an edge. So this asks for the
-pictures: of a first step, and of a later one from what the first has drawn. Where a drawing leaves nearly nothing open
-that is right; with photographs it would blur.
+pictures: of a first step, and of a later one from what the first has drawn. What drawing and caption leave open would
+come out as a mean of all that it may be, so they must leave nothing open; photographs would blur.
 
 B batch, C channels, h w latent grid, H W picture. Latents have unit variance; angles are TrigFlow's, in radians.
 """
@@ -50,7 +50,7 @@ class PixelObjective(Objective[SanaControlNetModel]):
         transformer: the distilled one, which stays as it is.
         control: its ControlNet, of which a copy learns.
         vae: what decodes the latents, and stays as it is.
-        data: with drawings.
+        data: with drawings, and captions that leave no colour open.
         settings: where the steps begin, and how to learn.
     """
 

@@ -110,6 +110,12 @@ class FlowData:
         """The same data, with its batches on a device."""
         return replace(self, device=device)
 
+    def only(self, chosen: torch.Tensor) -> "FlowData":
+        """Some of the examples (M,), bool."""
+        texts = torch.cat([chosen, chosen.new_ones(1)])
+        controls = None if self.controls is None else self.controls[chosen]
+        return FlowData(self.latents[chosen], self.captions[texts], self.masks[texts], self.device, controls)
+
     def _text(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.captions[chosen].to(self.device).float(), self.masks[chosen].to(self.device)
 

@@ -39,21 +39,21 @@ def sources(data: LatentSource, **networks: nn.Module) -> dict[str, str]:
     return {"data": data.identity(), **{name: network_digest(network) for name, network in networks.items()}}
 
 
-def made_from(recipe: Any, settings: Iterable[str], **networks: nn.Module) -> dict[str, Any]:
+def data_sources(recipe: Any, settings: Iterable[str], **networks: nn.Module) -> dict[str, Any]:
     """By name, what data are made from: some settings of a recipe, and networks."""
     digests = {name: network_digest(network) for name, network in networks.items()}
     return {**{name: getattr(recipe, name) for name in settings}, **digests}
 
 
 def made_once(
-    path: Path, provenance: Mapping[str, Any], make: Callable[[], dict[str, torch.Tensor]]
+    path: Path, made_from: Mapping[str, Any], make: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
     """Tensors by name, from a file; it is written at first, and again where it was made from something else."""
     if path.exists():
         kept = torch.load(path, weights_only=True)
-        if isinstance(kept, dict) and kept.get("made_from") == dict(provenance):
+        if isinstance(kept, dict) and kept.get("made_from") == dict(made_from):
             return kept["tensors"]
     tensors = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: torch.save({"made_from": dict(provenance), "tensors": tensors}, partial))
+    write_whole(path, lambda partial: torch.save({"made_from": dict(made_from), "tensors": tensors}, partial))
     return tensors

@@ -23,7 +23,7 @@ from sana_sprint.training.data import PicturePool, picture_pool
 from sana_sprint.training.distillation import Distillation, DistillationSettings
 from sana_sprint.training.export import RECORD, record_of, save_network, write_record
 from sana_sprint.training.flow import FlowData, encode_captions, new_transformer, train_flow, train_guidance
-from sana_sprint.training.identity import made_from, made_once, sources
+from sana_sprint.training.identity import data_sources, made_once, sources
 from sana_sprint.training.language import train_language_model
 from sana_sprint.training.loop import train
 from sana_sprint.training.recipes.shapes import ShapesRecipe
@@ -199,10 +199,10 @@ class ShapesTraining:
         """Latents and text features of the pool; computed once, then read from the folder."""
         recipe, vae = self.recipe, self._vae("autoencoder", torch.float32)
         tokenizer, text_encoder = self._language(torch.float32)
-        provenance = made_from(recipe, _OF_THE_DATA, autoencoder=vae, text_encoder=text_encoder)
+        made_from = data_sources(recipe, _OF_THE_DATA, autoencoder=vae, text_encoder=text_encoder)
         path = self.folder / "flow" / "data.pt"
         with self.processes.main_process_first():
-            kept = made_once(path, provenance, lambda: self._encoded(vae, tokenizer, text_encoder))
+            kept = made_once(path, made_from, lambda: self._encoded(vae, tokenizer, text_encoder))
         return FlowData(kept["latents"], kept["captions"], kept["masks"])
 
     def _encoded(

@@ -18,7 +18,7 @@ from sana_sprint.training.control_pixels import PixelObjective
 from sana_sprint.training.data import picture_pool, pool_examples
 from sana_sprint.training.export import export_network, record_of
 from sana_sprint.training.flow import FlowData, encode_captions
-from sana_sprint.training.identity import made_from, made_once, sources
+from sana_sprint.training.identity import data_sources, made_once, sources
 from sana_sprint.training.loop import train
 from sana_sprint.training.origin import Origin
 from sana_sprint.training.recipes.shapes_control import ShapesControlRecipe
@@ -107,7 +107,10 @@ class ShapesControlTraining:
         """Teach it by what the decoder shows of what it draws."""
         recipe = self.recipe
         control = SanaControlNetModel.from_pretrained(self._result("distillation"))
-        data, student, vae = self.data().to(self.device), self._distilled(), self._vae()
+        # What a caption leaves open would be drawn as the mean of all that it may be.
+        leaves_nothing_open = torch.tensor([is_complete for _, is_complete in self.captions()])
+        data = self.data().only(leaves_nothing_open).to(self.device)
+        student, vae = self._distilled(), self._vae()
         began_with = sources(data, control=control, student=student, autoencoder=vae)
         vae.to(memory_format=torch.channels_last)
         objective = PixelObjective(student, control, vae, data, recipe.pixels)
@@ -125,9 +128,9 @@ class ShapesControlTraining:
         """Latents and texts of pictures, and latents of their edges; computed once, then read from the folder."""
         vae = self._vae()
         text_encoder = Gemma2Model.from_pretrained(self.student / "text_encoder", dtype=torch.float32)
-        provenance = made_from(self.recipe, _OF_THE_DATA, autoencoder=vae, text_encoder=text_encoder)
+        made_from = data_sources(self.recipe, _OF_THE_DATA, autoencoder=vae, text_encoder=text_encoder)
         with self.processes.main_process_first():
-            kept = made_once(self.folder / "data.pt", provenance, lambda: self._encoded(vae, text_encoder))
+            kept = made_once(self.folder / "data.pt", made_from, lambda: self._encoded(vae, text_encoder))
         return FlowData(kept["latents"], kept["captions"], kept["masks"], controls=kept["controls"])
 
     def _encoded(self, vae: AutoencoderDC, text_encoder: Gemma2Model) -> dict[str, torch.Tensor]:
@@ -139,15 +142,18 @@ class ShapesControlTraining:
             encode_pictures(vae, pictures) * vae.config.scaling_factor for pictures in (pool.pictures, drawings)
         )
         tokenizer = GemmaTokenizer.from_pretrained(self.student / "tokenizer")
-        captions, masks = encode_captions(tokenizer, text_encoder, self.captions(), recipe.max_caption_tokens)
+        words = [caption for caption, _ in self.captions()]
+        captions, masks = encode_captions(tokenizer, text_encoder, words, recipe.max_caption_tokens)
         return {"latents": latents, "captions": captions, "masks": masks, "controls": controls}
 
-    def captions(self) -> list[str]:
-        """One for each picture: its own, or one that names its colours only."""
+    def captions(self) -> list[tuple[str, bool]]:
+        """One for each picture, its own or one that names its colours only; and whether it leaves no colour open."""
         recipe = self.recipe
         rng = np.random.default_rng((recipe.pool_seed, 1))
         return [
-            caption_by_colours(example, rng) if rng.random() < recipe.colour_caption_share else example.caption
+            (caption_by_colours(example, rng), True)
+            if rng.random() < recipe.colour_caption_share
+            else (example.caption, example.request.names_all_colours)
             for example in pool_examples(recipe.num_pictures, recipe.pool_seed)
         ]
 
