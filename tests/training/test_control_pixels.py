@@ -20,7 +20,7 @@ from sana_sprint.training.settings import LoopSettings
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
 SETTINGS = PixelSettings(
-    optimiser=OptimiserSettings(learning_rate=3e-3, warmup_steps=1, weight_decay=0.0),
+    optimiser=OptimiserSettings(learning_rate=1e-2, warmup_steps=1, weight_decay=0.0),
     later_angles=AngleDistribution(mean=0.1, std=0.6),
     use_muon=False,
     compile=False,
@@ -57,7 +57,8 @@ def test_the_first_loss_is_how_far_a_step_from_noise_is_from_the_decoded_data(pi
         drawn = one_step(objective, batch, noise, angle, guidance)
         for latents in (drawn, batch.clean):
             pictures.append(objective.vae.decode(latents / objective.vae.config.scaling_factor).sample)
-    assert losses(objective)["first"] == pytest.approx((pictures[0] - pictures[1]).abs().mean().item(), rel=1e-5)
+    wanted = (pictures[0] - pictures[1]).abs().mean().item()
+    assert losses(objective)["first"] == pytest.approx(wanted, rel=1e-5)  # float32 in another order
 
 
 def one_step(objective, batch, noise, angle, guidance) -> torch.Tensor:
@@ -105,7 +106,7 @@ def test_what_the_decoder_does_not_show_does_not_count(pixels):
 
 
 def test_later_steps_begin_at_what_the_first_one_drew_and_do_not_teach_it(pixels):
-    # At an angle of nearly zero a step changes nothing.
+    # At an angle of 1e-5, arctan(2 exp(-12)), a step changes nothing to three digits, and its gradient is as small.
     objective = pixels(later_angles=AngleDistribution(mean=-12.0, std=0.1))
     found = objective(Draws.of_step(7, 0, 4))
     assert found["first"] > 0
@@ -120,14 +121,16 @@ def test_later_steps_begin_at_what_the_first_one_drew_and_do_not_teach_it(pixels
 
 def test_the_copy_learns_both_steps_and_nothing_else_moves(pixels, tmp_path):
     objective = pixels()
+    # One picture for all, for noise cannot be learned; one block's way into a transformer reaches a part of it only.
+    objective.data = replace(objective.data, latents=torch.zeros_like(objective.data.latents))
     frozen = {
         name: weight.clone() for name, weight in objective.state_dict().items() if not name.startswith("student.")
     }
     before = losses(objective)
     train(objective, LOOP, tmp_path, "pixels", torch.device("cpu"))
     after = losses(objective)
-    assert after["first"] < before["first"]
-    assert after["later"] < before["later"]
+    assert after["first"] < 0.9 * before["first"]
+    assert after["later"] < 0.9 * before["later"]
     for name, weight in objective.state_dict().items():
         if name in frozen:
             torch.testing.assert_close(weight, frozen[name], rtol=0, atol=0)
