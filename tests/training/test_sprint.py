@@ -68,7 +68,7 @@ def test_the_export_is_the_student_alone_with_the_encoders_of_its_teacher(distil
 def test_the_export_records_how_it_was_made(distilled):
     record = json.loads((distilled[0] / "checkpoint" / "training.json").read_text())
     assert record["recipe"]["loop"]["seed"] == LOOP.seed
-    assert [entry["step"] for entry in record["losses"]["distillation"]] == [1, 2]
+    assert record["losses"]["distillation"]["step"] == [1, 2]
     assert record["versions"]["torch"] == torch.__version__
 
 

@@ -26,7 +26,16 @@ _ENCODERS = ("text_encoder", "tokenizer", "vae")
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write how a checkpoint was made into its folder; entries keep their order, and paths become texts."""
-    (folder / RECORD).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(readable_json(record) + "\n", encoding="utf-8")
+
+
+def readable_json(value: Any, indent: str = "") -> str:
+    """JSON with a line for each entry of an object, and lists on one line; what it does not know becomes a text."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, default=str)
+    deeper = indent + "  "
+    lines = [f"{deeper}{json.dumps(name)}: {readable_json(entry, deeper)}" for name, entry in value.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def save_network(network: Any, folder: Path) -> None:
@@ -63,11 +72,13 @@ def record_of(recipe: Any, logs: dict[str, Path], device: torch.device) -> dict[
     }
 
 
-def _thinned(log: Path, most: int = 60) -> list[dict[str, Any]]:
-    """At most `most` entries of a log, evenly apart, the last one among them."""
+def _thinned(log: Path, most: int = 60) -> dict[str, list[Any]]:
+    """At most `most` entries of a log, evenly apart, the last one among them: by name, a column of each value."""
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     stride = max(1, -(-len(entries) // most))
-    return entries[::-1][::stride][::-1]
+    kept = entries[::-1][::stride][::-1]
+    names = dict.fromkeys(name for entry in kept for name in entry)
+    return {name: [entry.get(name) for entry in kept] for name in names}
 
 
 def export_network(output: Path, network: Any, record: dict[str, Any]) -> None:
