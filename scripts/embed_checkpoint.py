@@ -68,6 +68,7 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: d
     loops = {
         "autoencoder": ("autoencoder", ""),
         "decoder": ("autoencoder", "decoder"),
+        "encoder": ("autoencoder", "encoder"),
         "language": ("language", ""),
         "flow": ("flow", ""),
         "guidance": ("flow", "guidance"),
@@ -76,10 +77,13 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any], timetables: d
         "adversarial": ("adversarial",),
         "one_step": ("one_step",),
         "matching": ("matching",),
+        "expansion": ("expansion",),
+        "several_steps": ("several_steps",),
     }
     seeds = {"pictures": recipe["pool_seed"]}
-    seeds |= {name: loop_of(recipe, *loops[name])["seed"] for name in ("autoencoder", "decoder", "language")}
-    seeds |= {name: loop_of(recipe, *loops[name])["seed"] for name in loops if name in record["losses"]}
+    # A checkpoint that began from another has these from there, and no losses of theirs.
+    known = {"autoencoder", "decoder", "language", *record["losses"]}
+    seeds |= {name: loop_of(recipe, *loops[name])["seed"] for name in loops if name in known}
     *earlier, _ = steps = [f"{count:,}" for count in stage_steps(record, "flow", "")]
     paragraphs = [
         "A SANA-Sprint pipeline in small, trained from nothing by this repository on drawn shapes: 64×64 pixels,"

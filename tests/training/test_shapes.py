@@ -1,9 +1,11 @@
 """The stages of the shapes recipe, run end to end with few steps, and what their losses promise."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -12,12 +14,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model, GemmaTokenizer
 
-from sana_sprint import SanaSprintPipeline
+from sana_sprint import AutoencoderDC, SanaSprintPipeline
 from sana_sprint.shapes.captions import is_held_out
 from sana_sprint.shapes.questions import NUM_ANSWERS
 from sana_sprint.text.encoder import encode_prompts
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION
-from sana_sprint.training.autoencoder import gradient_difference, whitening_loss
+from sana_sprint.training.autoencoder import (
+    EncoderObjective,
+    gradient_difference,
+    outlines,
+    whitening_loss,
+    with_new_encoder,
+)
 from sana_sprint.training.data import PicturePool, to_pictures, to_tensor
 from sana_sprint.training.draws import Draws
 from sana_sprint.training.flow import (
@@ -36,6 +44,7 @@ from sana_sprint.training.shapes import ShapesTraining
 from sana_sprint.training.stages import STAGES
 from sana_sprint.transformer.model import SanaTransformer2DModel
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECIPE = shortened(ShapesRecipe(), steps=2, num_pictures=64)
 
@@ -68,7 +77,30 @@ def test_the_assembled_folder_records_how_it_was_made(trained):
     assert not any(str(trained) in config for config in configs)
     assert record["recipe"]["flow"]["loop"]["seed"] == RECIPE.flow.loop.seed
     assert record["versions"]["torch"] == torch.__version__
-    assert {stage: losses[-1]["step"] for stage, losses in record["losses"].items()} == dict.fromkeys(STAGES[:-1], 2)
+    assert {stage: losses["step"][-1] for stage, losses in record["losses"].items()} == dict.fromkeys(STAGES[:-1], 2)
+
+
+def test_the_card_tells_every_stage_what_went_on_by_hand_and_the_scores(trained, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from embed_checkpoint import model_card
+
+    record = json.loads((trained / "checkpoint" / "training.json").read_text())
+    record["went_on"] = [{"runs": [{"steps": 1200, "seed": 7}], "result": "its average"}]
+    result = {"steps": 2, "scores": {"two_objects": 0.25, "overall": 0.5}, "frechet": {"distance": 0.0625}}
+    evaluation = {"num_captions": 6, "guidance": 4.5, "results": [result]}
+    card = model_card(record, evaluation, {"2": [1.5, 1.1, 0]})
+    text = " ".join(card.split())
+    for stage, seed in (
+        ("pictures", 1),
+        ("encoder", 16),
+        ("one_step", 51),
+        ("matching", 101),
+        ("expansion", 221),
+        ("several_steps", 241),
+    ):
+        assert f"{stage} {seed}" in text
+    assert "went on from what that command made, by hand: by 1,200 steps (seed 7) to its average." in text
+    assert "| 2 | 1.5, 1.1, 0 | 0.250 | 0.500 | 0.0625 |" in card
 
 
 def test_a_second_run_finds_every_stage_done_and_changes_nothing(trained):
@@ -81,16 +113,27 @@ def test_a_second_run_finds_every_stage_done_and_changes_nothing(trained):
 def test_a_stage_before_its_predecessor_names_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="stage 'autoencoder' has left no result"):
         ShapesTraining(tmp_path, RECIPE).run(["flow"])
-    with pytest.raises(ValueError, match="stages must be of autoencoder, decoder, language"):
+    with pytest.raises(ValueError, match="stages must be of autoencoder, decoder, encoder, language"):
         ShapesTraining(tmp_path, RECIPE).run(["flwo"])
 
 
-def test_the_student_is_distilled_in_five_stages_and_is_what_is_assembled(trained):
-    stages = ("guidance", "consistency", "distillation", "adversarial", "one_step", "matching")
+def test_the_student_is_distilled_in_seven_stages_and_is_what_is_assembled(trained):
+    stages = (
+        "guidance",
+        "consistency",
+        "distillation",
+        "adversarial",
+        "one_step",
+        "matching",
+        "expansion",
+        "several_steps",
+    )
     networks = [load_file(trained / stage / "transformer" / WEIGHTS) for stage in stages]
     teacher, *_, student = networks
     assembled = load_file(trained / "checkpoint" / "transformer" / WEIGHTS)
-    assert assembled.keys() == student.keys() == teacher.keys()
+    assert assembled.keys() == student.keys()
+    blocks = {int(name.split(".")[1]) for name in student.keys() - teacher.keys()}
+    assert blocks == {RECIPE.student_layers - 1} == {RECIPE.flow.config["num_layers"]}
     # It is shown less noise than it was taught.
     student["patch_embed.proj.weight"] *= 0.92
     assert all(torch.equal(assembled[name], weight.bfloat16()) for name, weight in student.items())
@@ -106,9 +149,55 @@ def test_matching_may_be_left_out_of_any_stage(trained, tmp_path):
     recipe = replace(RECIPE, distillation=without(RECIPE.distillation), matching=without(RECIPE.matching))
     for stage in ("guidance", "autoencoder", "decoder", "language", "consistency", "flow", "pool"):
         shutil.copytree(trained / stage, tmp_path / stage)
-    ShapesTraining(tmp_path, recipe).run(["distillation", "adversarial", "one_step", "matching"])
+    ShapesTraining(tmp_path, recipe).run(
+        ["distillation", "adversarial", "one_step", "matching", "expansion", "several_steps"]
+    )
     left = {stage for stage in STAGES if (tmp_path / stage / "fake_score").is_dir()}
-    assert left == {"adversarial", "one_step"}
+    assert left == {"adversarial", "one_step", "expansion", "several_steps"}
+
+
+def test_the_assembled_autoencoder_has_the_smaller_encoder_before_the_trained_decoder(trained):
+    original, decoder, assembled = (
+        load_file(folder / "vae" / WEIGHTS)
+        for folder in (trained / "autoencoder", trained / "decoder", trained / "checkpoint")
+    )
+    decodes = {name for name in decoder if name.startswith("decoder.")}
+    assert all(torch.equal(assembled[name], decoder[name].bfloat16()) for name in decodes)
+    assert not all(torch.equal(original[name], decoder[name]) for name in decodes)
+    assert {name for name in assembled if name.startswith("decoder.")} == decodes
+    sizes = [sum(state[name].numel() for name in state.keys() - decodes) for state in (original, assembled)]
+    assert 4 * sizes[1] < sizes[0]
+
+
+def test_outlines_are_white_where_neighbours_differ():
+    pixels = torch.full((1, 3, 4, 4), -0.2)
+    pixels[0, 1, 1:3, 1:3] = 0.4  # one channel of a square, by more than the least difference
+    pixels[0, 2, 3, 3] = 0.2  # a pixel, by less
+    wanted = [[0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    drawn = outlines(pixels)
+    assert drawn.shape == pixels.shape
+    assert all(torch.equal(channel, 2.0 * torch.tensor(wanted) - 1) for channel in drawn[0])
+
+
+def test_an_encoder_learns_the_latents_of_another(trained):
+    settings, pool = RECIPE.autoencoder, ShapesTraining(trained, RECIPE).pool()
+    torch.manual_seed(0)
+    original = AutoencoderDC(**settings.config)
+    draws = Draws.of_step(0, 0, 8)
+    same = EncoderObjective(copy.deepcopy(original), original, pool, settings)
+    assert same(draws)["loss"] == 0
+    objective = EncoderObjective(with_new_encoder(original, settings), original, pool, settings)
+    assert all(
+        parameter.requires_grad is name.startswith("vae.encoder.") for name, parameter in objective.named_parameters()
+    )
+    optimiser = torch.optim.AdamW(objective.groups()[0].parameters, lr=2e-3)
+    first = objective(draws)["loss"].item()
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = objective(draws)["loss"]
+        loss.backward()
+        optimiser.step()
+    assert loss < first / 4
 
 
 def test_other_pictures_are_encoded_anew(trained, tmp_path):
@@ -318,7 +407,7 @@ def test_training_goes_on_from_a_checkpoint(trained, tmp_path):
     checkpoint = ShapesTraining(tmp_path, recipe, start=start).run()
     record = json.loads((checkpoint / "training.json").read_text())
     assert record["started_from"] == json.loads((start / "training.json").read_text())
-    distilled = ["consistency", "distillation", "adversarial", "one_step", "matching"]
+    distilled = ["consistency", "distillation", "adversarial", "one_step", "matching", "expansion", "several_steps"]
     assert list(record["losses"]) == ["flow", "guidance", *distilled]
     for part in (f"vae/{WEIGHTS}", "text_encoder/model.safetensors"):
         before, after = (load_file(folder / part) for folder in (start, checkpoint))

@@ -33,6 +33,12 @@ class AutoencoderSettings:
     decoder_loop: LoopSettings
     decoder_optimiser: OptimiserSettings
     decoder_square_weight: float = 4.0
+    # The third: another encoder for the same latents, by the entries of `config` that it changes.
+    encoder_config: dict[str, Any]
+    encoder_loop: LoopSettings
+    encoder_optimiser: OptimiserSettings
+    # Share of its examples that are drawings of the pictures' outlines, such as a ControlNet is shown.
+    encoder_drawings: float = 0.25
     compile: bool = True
 
 
@@ -46,6 +52,19 @@ def whitening_loss(latents: torch.Tensor) -> torch.Tensor:
     """How far the channels of (B, C, H, W) are from mean 0 and standard deviation 1; a flow learns those best."""
     deviation, mean = torch.std_mean(latents.float(), dim=(0, 2, 3))
     return (mean.square() + (deviation - 1).square()).mean()
+
+
+def outlines(pixels: torch.Tensor, least_difference: float = 0.5) -> torch.Tensor:
+    """White lines on black of the size of pictures (B, 3, H, W) in [-1, 1]: where a pixel is unlike the next ones.
+
+    Args:
+        pixels: the pictures.
+        least_difference: of a channel, to the pixel on the right or the one below.
+    """
+    right = F.pad(pixels.diff(dim=-1).abs().amax(dim=1, keepdim=True), (0, 1))
+    below = F.pad(pixels.diff(dim=-2).abs().amax(dim=1, keepdim=True), (0, 0, 0, 1))
+    is_line = torch.maximum(right, below) >= least_difference
+    return torch.where(is_line, 1.0, -1.0).to(pixels.dtype).expand_as(pixels)
 
 
 def reconstruction_losses(
@@ -113,6 +132,34 @@ class DecoderObjective(Objective[AutoencoderDC]):
         return self.vae
 
 
+class EncoderObjective(Objective[AutoencoderDC]):
+    """Another encoder, by the squared error of its latents to those of the one that the flow has learned from."""
+
+    def __init__(
+        self, vae: AutoencoderDC, original: AutoencoderDC, pool: PicturePool, settings: AutoencoderSettings
+    ) -> None:
+        super().__init__()
+        vae.decoder.requires_grad_(False)
+        self.vae = vae
+        self.original = original.eval().requires_grad_(False)
+        self.pool = pool
+        self.settings = settings
+
+    def forward(self, draws: Draws) -> dict[str, torch.Tensor]:
+        pixels = self.pool.batch(draws)
+        is_drawing = draws.uniform() < self.settings.encoder_drawings
+        pixels = torch.where(is_drawing.view(-1, 1, 1, 1), outlines(pixels), pixels)
+        with torch.no_grad():
+            goal = self.original.encode(pixels, return_dict=False)[0]
+        return {"loss": F.mse_loss(self.vae.encode(pixels, return_dict=False)[0].float(), goal.float())}
+
+    def groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup("encoder", trainable(self.vae), self.settings.encoder_optimiser)]
+
+    def averaged(self) -> AutoencoderDC:
+        return self.vae
+
+
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderDC, pictures: np.ndarray, batch_size: int = 256) -> torch.Tensor:
     """Unscaled latents (M, C, h, w) float32 of pictures (M, H, W, 3) uint8."""
@@ -150,6 +197,23 @@ def refine_decoder(
     """Train the decoder further, on the latents as they are: a flow that learned them stays valid."""
     objective = DecoderObjective(_prepared(vae, settings), pool, settings)
     return train(objective, settings.decoder_loop, folder, "decoder", device).requires_grad_(True)
+
+
+def with_new_encoder(vae: AutoencoderDC, settings: AutoencoderSettings) -> AutoencoderDC:
+    """The same decoder, behind an encoder of its own config that knows nothing yet."""
+    new = AutoencoderDC.from_config(vae.config, **settings.encoder_config)
+    new.decoder.load_state_dict(vae.decoder.state_dict())
+    return new
+
+
+def distil_encoder(
+    vae: AutoencoderDC, pool: PicturePool, settings: AutoencoderSettings, folder: Path, device: torch.device
+) -> AutoencoderDC:
+    """Train a smaller encoder to the same latents: what draws needs none, and what edits and is taught a small one."""
+    torch.manual_seed(settings.encoder_loop.seed)
+    new = _prepared(with_new_encoder(vae, settings), settings)
+    objective = EncoderObjective(new, _prepared(vae, settings), pool, settings)
+    return train(objective, settings.encoder_loop, folder, "encoder", device).requires_grad_(True)
 
 
 def _prepared(vae: AutoencoderDC, settings: AutoencoderSettings) -> AutoencoderDC:

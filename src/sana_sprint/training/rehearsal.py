@@ -11,7 +11,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.shapes.questions import NUM_ANSWERS
 from sana_sprint.text.instruction import COMPLEX_HUMAN_INSTRUCTION, instruction_prefix
-from sana_sprint.training.autoencoder import AutoencoderObjective, DecoderObjective
+from sana_sprint.training.autoencoder import (
+    AutoencoderObjective,
+    DecoderObjective,
+    EncoderObjective,
+    with_new_encoder,
+)
 from sana_sprint.training.control import ControlObjective
 from sana_sprint.training.control_distillation import ControlDistillation
 from sana_sprint.training.control_pixels import PixelObjective
@@ -20,6 +25,7 @@ from sana_sprint.training.control_teacher import ControlRecipe, control_objectiv
 from sana_sprint.training.data import PicturePool
 from sana_sprint.training.distillation import Distillation, DistillationSettings, student_of
 from sana_sprint.training.draws import Draws
+from sana_sprint.training.expansion import expanded
 from sana_sprint.training.fine_tuning import LoraRecipe, lora_objective
 from sana_sprint.training.flow import FlowObjective, GuidanceObjective, use_training_kernels
 from sana_sprint.training.footprint import EmptyLatents, Footprint, footprint
@@ -163,17 +169,20 @@ def _shapes(recipe: ShapesRecipe) -> dict[str, Footprint]:
     def vae() -> AutoencoderDC:
         return AutoencoderDC(**vae_settings.config)
 
+    encoder = EncoderObjective(with_new_encoder(vae(), vae_settings), vae(), pool, vae_settings)
     transformer = _transformer(flow.config)
     data = _latents(transformer, recipe.max_caption_tokens)
     guidance = GuidanceObjective(copy.deepcopy(transformer), transformer, data, flow)
     reading = _Reading(_reading_model(recipe), lengths, recipe.language.optimiser)
 
-    def student(settings: DistillationSettings) -> Distillation:
-        return Distillation(_transformer(flow.config), data, _uncompiled(settings))
+    def student(settings: DistillationSettings, num_layers: int = 0) -> Distillation:
+        teacher = _transformer(flow.config)
+        return Distillation(teacher, data, _uncompiled(settings), expanded(teacher, num_layers))
 
     return {
         "autoencoder": footprint(AutoencoderObjective(vae(), pool, vae_settings), vae_settings.loop),
         "decoder": footprint(DecoderObjective(vae(), pool, vae_settings), vae_settings.decoder_loop),
+        "encoder": footprint(encoder, vae_settings.encoder_loop),
         "language": footprint(reading, recipe.language.loop),
         "flow": footprint(FlowObjective(_transformer(flow.config), data, flow), flow.loop),
         "guidance": footprint(guidance, flow.guidance_loop),
@@ -182,4 +191,6 @@ def _shapes(recipe: ShapesRecipe) -> dict[str, Footprint]:
         "adversarial": footprint(student(recipe.adversarial), recipe.adversarial_loop),
         "one_step": footprint(student(recipe.one_step), recipe.one_step_loop),
         "matching": footprint(student(recipe.matching), recipe.matching_loop),
+        "expansion": footprint(student(recipe.expansion, recipe.student_layers), recipe.expansion_loop),
+        "several_steps": footprint(student(recipe.several_steps, recipe.student_layers), recipe.several_steps_loop),
     }

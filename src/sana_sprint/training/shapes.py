@@ -14,6 +14,7 @@ from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.checkpoints.assembly import write_pipeline_index, write_scheduler
 from sana_sprint.checkpoints.staging import staged
 from sana_sprint.training.autoencoder import (
+    distil_encoder,
     encode_pictures,
     peak_signal_to_noise,
     refine_decoder,
@@ -21,6 +22,7 @@ from sana_sprint.training.autoencoder import (
 )
 from sana_sprint.training.data import PicturePool, picture_pool
 from sana_sprint.training.distillation import Distillation, DistillationSettings
+from sana_sprint.training.expansion import expanded
 from sana_sprint.training.export import RECORD, record_of, save_network, write_record
 from sana_sprint.training.flow import FlowData, encode_captions, new_transformer, train_flow, train_guidance
 from sana_sprint.training.identity import data_sources, made_once, sources
@@ -93,6 +95,13 @@ class ShapesTraining:
         vae = refine_decoder(vae, self.pool(), self.recipe.autoencoder, self._run("decoder"), self.device)
         self._keep("decoder", vae=vae)
 
+    def encoder(self) -> None:
+        if self.start:
+            return
+        vae = AutoencoderDC.from_pretrained(self._result("decoder", "vae"))
+        vae = distil_encoder(vae, self.pool(), self.recipe.autoencoder, self._run("encoder"), self.device)
+        self._keep("encoder", vae=vae)
+
     def language(self) -> None:
         if self.start:
             return
@@ -131,11 +140,24 @@ class ShapesTraining:
     def matching(self) -> None:
         self._distil("matching", "one_step", self.recipe.matching, self.recipe.matching_loop)
 
-    def _distil(self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings) -> None:
-        """Train the student that the stage before has left, and its network for the fakes' score or a new one."""
+    def expansion(self) -> None:
+        recipe = self.recipe
+        self._distil("expansion", "matching", recipe.expansion, recipe.expansion_loop, recipe.student_layers)
+
+    def several_steps(self) -> None:
+        self._distil("several_steps", "expansion", self.recipe.several_steps, self.recipe.several_steps_loop)
+
+    def _distil(
+        self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings, num_layers: int = 0
+    ) -> None:
+        """Train the student that the stage before has left, and its network for the fakes' score or a new one.
+
+        The student is deepened to so many layers first, if it has fewer.
+        """
         teacher, student = (
             SanaTransformer2DModel.from_pretrained(self._result(name, "transformer")) for name in ("guidance", before)
         )
+        student = expanded(student, num_layers)
         left = self.folder / before / "fake_score"
         fake_score = SanaTransformer2DModel.from_pretrained(left) if left.is_dir() else None
         # The discriminator is drawn at random.
@@ -161,13 +183,13 @@ class ShapesTraining:
         return picture_pool(self.folder / "pool", recipe.num_pictures, recipe.picture_size, recipe.pool_seed)
 
     def _assemble(self) -> None:
-        student = SanaTransformer2DModel.from_pretrained(self._result("matching", "transformer"))
+        student = SanaTransformer2DModel.from_pretrained(self._result("several_steps", "transformer"))
         with torch.no_grad():
             student.patch_embed.proj.weight.mul_(self.recipe.input_scale)
         tokenizer, text_encoder = self._language(torch.bfloat16)
         with staged(self.folder / "checkpoint", force=True) as folder:
             save_network(student.to(torch.bfloat16), folder / "transformer")
-            save_network(self._vae("decoder", torch.bfloat16), folder / "vae")
+            save_network(self._vae("encoder", torch.bfloat16), folder / "vae")
             text_encoder.save_pretrained(folder / "text_encoder")
             tokenizer.save_pretrained(folder / "tokenizer")
             write_scheduler(folder / "scheduler", "scm", flow_shift=None)
@@ -176,9 +198,9 @@ class ShapesTraining:
 
     def _record(self) -> dict[str, Any]:
         """The settings, versions and losses that made the checkpoint."""
-        logs = {stage: self._run(stage) / "log.jsonl" for stage in STAGES[3 if self.start else 0 : -1]}
+        logs = {stage: self._run(stage) / "log.jsonl" for stage in STAGES[4 if self.start else 0 : -1]}
         start = json.loads((self.start / RECORD).read_text(encoding="utf-8")) if self.start else None
-        vae, pictures = self._vae("decoder", torch.float32), self._pool().pictures[:512]
+        vae, pictures = self._vae("encoder", torch.float32), self._pool().pictures[:512]
         return {
             "command": "sana-sprint train shapes" + (" --start-from CHECKPOINT" if self.start else ""),
             "started_from": start,

@@ -3,6 +3,7 @@
 STAGES = (
     "autoencoder",
     "decoder",
+    "encoder",
     "language",
     "flow",
     "guidance",
@@ -11,5 +12,7 @@ STAGES = (
     "adversarial",
     "one_step",
     "matching",
+    "expansion",
+    "several_steps",
     "assemble",
 )

@@ -35,6 +35,10 @@ def _autoencoder_settings() -> AutoencoderSettings:
         optimiser=optimiser,
         decoder_loop=replace(loop, steps=4000, seed=15),
         decoder_optimiser=replace(optimiser, learning_rate=5e-4, warmup_steps=100),
+        # Half a megabyte in the place of one and a half: room for the student's sixth block in the 12 MB.
+        encoder_config={"encoder_block_out_channels": (32, 32, 64, 64), "encoder_layers_per_block": (0, 1, 1, 0)},
+        encoder_loop=replace(loop, steps=4000, batch_size=64, seed=16),
+        encoder_optimiser=replace(optimiser, learning_rate=2e-3, warmup_steps=100),
     )
 
 
@@ -150,6 +154,11 @@ def _matching_settings() -> DistillationSettings:
     return replace(_one_step_settings(), adversarial_weight=0.0, matching_noisings=2)
 
 
+def _several_steps_settings() -> DistillationSettings:
+    # A deeper student forgets in what it does not see: half as often as pure noise, where later steps begin.
+    return replace(_matching_settings(), max_time_share=0.5, student_angles=AngleDistribution(mean=0.2, std=1.0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShapesRecipe:
     """All settings: those of the embedded checkpoint's last round, whose last stages were run more often, by hand."""
@@ -180,6 +189,16 @@ class ShapesRecipe:
     matching: DistillationSettings = field(default_factory=_matching_settings)
     matching_loop: LoopSettings = field(
         default_factory=lambda: LoopSettings(steps=1600, batch_size=64, ema_decay=0.9992, ema_warmup=False, seed=101)
+    )
+    # The student's blocks from the stage `expansion` on; the teacher has fewer.
+    student_layers: int = 6
+    expansion: DistillationSettings = field(default_factory=_matching_settings)
+    expansion_loop: LoopSettings = field(
+        default_factory=lambda: LoopSettings(steps=2400, batch_size=64, ema_decay=0.9992, ema_warmup=False, seed=221)
+    )
+    several_steps: DistillationSettings = field(default_factory=_several_steps_settings)
+    several_steps_loop: LoopSettings = field(
+        default_factory=lambda: LoopSettings(steps=1300, batch_size=64, ema_decay=0.998, ema_warmup=False, seed=241)
     )
     # Of what the assembled student is shown. Below 1 it begins with less noise than it was taught, which is likelier to
     # be drawn right and varies less ("truncation"; Brock et al., arXiv 1809.11096): docs/training.md.
@@ -213,6 +232,8 @@ def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: i
             optimiser=at_once(autoencoder.optimiser),
             decoder_loop=fewer(autoencoder.decoder_loop),
             decoder_optimiser=at_once(autoencoder.decoder_optimiser),
+            encoder_loop=fewer(autoencoder.encoder_loop),
+            encoder_optimiser=at_once(autoencoder.encoder_optimiser),
             compile=False,
         ),
         language=replace(language, loop=fewer(language.loop), optimiser=at_once(language.optimiser)),
@@ -234,4 +255,8 @@ def shortened(recipe: ShapesRecipe, steps: int, num_pictures: int, batch_size: i
         one_step_loop=fewer(recipe.one_step_loop),
         matching=briefly(recipe.matching),
         matching_loop=fewer(recipe.matching_loop),
+        expansion=briefly(recipe.expansion),
+        expansion_loop=fewer(recipe.expansion_loop),
+        several_steps=briefly(recipe.several_steps),
+        several_steps_loop=fewer(recipe.several_steps_loop),
     )
