@@ -161,7 +161,10 @@ def _several_steps_settings() -> DistillationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesRecipe:
-    """All settings: those of the embedded checkpoint's last round, whose last stages were run more often, by hand."""
+    """All settings: those of the embedded checkpoint's last round, whose last stages were run more often, by hand.
+
+    The smaller encoder and the sixth block are newer than that checkpoint: docs/training.md.
+    """
 
     picture_size: int = 64
     num_pictures: int = 60_000
