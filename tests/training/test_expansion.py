@@ -44,7 +44,22 @@ def test_a_new_block_learns_beside_the_one_it_was_copied_from():
     assert new.attn1.to_q.weight.data_ptr() != copied.attn1.to_q.weight.data_ptr()
 
 
-@pytest.mark.parametrize("num_layers", [0, 1, 2])
+def test_a_new_block_stands_in_the_middle_before_the_one_it_was_copied_from():
+    shallow = tiny_teacher(num_layers=5)
+    blocks = expanded(shallow, 6).transformer_blocks
+    for index, block in zip((0, 1, 2, 4, 5), shallow.transformer_blocks, strict=True):
+        kept = blocks[index].state_dict()
+        assert all(torch.equal(kept[name], value) for name, value in block.state_dict().items())
+    assert torch.equal(blocks[3].attn2.to_k.weight, blocks[4].attn2.to_k.weight)
+    assert not blocks[3].ff.conv_point.weight.any()
+
+
+def test_one_block_has_no_middle():
+    with pytest.raises(ValueError, match="two blocks or more, got 1"):
+        expanded(tiny_teacher(num_layers=1), 2)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
 def test_a_transformer_that_is_deep_enough_stays_as_it_is(num_layers):
     shallow = tiny_teacher()
     same = expanded(shallow, num_layers)

@@ -76,6 +76,10 @@ def test_every_stage_of_the_shapes_recipe_is_counted():
     assert list(found) == list(STAGES[:-1])
     assert found["decoder"].networks["vae"].gradients < found["autoencoder"].networks["vae"].gradients
     assert found["guidance"].networks["teacher"].gradients == 0
+    encoder, matching, expansion = (found[stage].networks for stage in ("encoder", "matching", "expansion"))
+    assert 0 < encoder["vae"].gradients < found["autoencoder"].networks["vae"].gradients / 10
+    assert encoder["original"].gradients == 0
+    assert expansion["student"].parameters > matching["student"].parameters == expansion["fake_score"].parameters
     # Muon keeps one number for each weight of the blocks' matrices, AdamW two for the others.
     student = found["distillation"].networks["student"]
     assert student.gradients < student.moments < 1.5 * student.gradients

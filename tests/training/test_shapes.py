@@ -99,6 +99,7 @@ def test_the_card_tells_every_stage_what_went_on_by_hand_and_the_scores(trained,
         ("several_steps", 241),
     ):
         assert f"{stage} {seed}" in text
+    assert all(f" {stage} " in text for stage in STAGES[:-1])
     assert "went on from what that command made, by hand: by 1,200 steps (seed 7) to its average." in text
     assert "| 2 | 1.5, 1.1, 0 | 0.250 | 0.500 | 0.0625 |" in card
 
@@ -134,6 +135,8 @@ def test_the_student_is_distilled_in_seven_stages_and_is_what_is_assembled(train
     assert assembled.keys() == student.keys()
     blocks = {int(name.split(".")[1]) for name in student.keys() - teacher.keys()}
     assert blocks == {RECIPE.student_layers - 1} == {RECIPE.flow.config["num_layers"]}
+    is_deep = [any(name.startswith(f"transformer_blocks.{max(blocks)}.") for name in network) for network in networks]
+    assert dict(zip(stages, is_deep, strict=True)) == {stage: stage in stages[-2:] for stage in stages}
     # It is shown less noise than it was taught.
     student["patch_embed.proj.weight"] *= 0.92
     assert all(torch.equal(assembled[name], weight.bfloat16()) for name, weight in student.items())
@@ -177,6 +180,20 @@ def test_outlines_are_white_where_neighbours_differ():
     drawn = outlines(pixels)
     assert drawn.shape == pixels.shape
     assert all(torch.equal(channel, 2.0 * torch.tensor(wanted) - 1) for channel in drawn[0])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_an_encoder_sees_drawings_as_often_as_it_is_told_to(trained, share):
+    settings, pool = replace(RECIPE.autoencoder, encoder_drawings=share), ShapesTraining(trained, RECIPE).pool()
+    original = AutoencoderDC(**settings.config)
+    seen = []
+    for encoder in (original.encoder, (new := with_new_encoder(original, settings)).encoder):
+        encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    EncoderObjective(new, original, pool, settings)(Draws.of_step(0, 0, 4))
+    pictures = pool.batch(Draws.of_step(0, 0, 4))
+    wanted = outlines(pictures) if share else pictures
+    assert len(seen) == 2
+    assert all(torch.equal(each, wanted) for each in seen)
 
 
 def test_an_encoder_learns_the_latents_of_another(trained):

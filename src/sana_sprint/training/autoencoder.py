@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.training.data import PicturePool, to_tensor
 from sana_sprint.training.draws import Draws
+from sana_sprint.training.identity import network_digest
 from sana_sprint.training.loop import Objective, train
 from sana_sprint.training.optimiser import OptimiserSettings, ParameterGroup, trainable
 from sana_sprint.training.settings import LoopSettings
@@ -37,7 +38,7 @@ class AutoencoderSettings:
     encoder_config: dict[str, Any]
     encoder_loop: LoopSettings
     encoder_optimiser: OptimiserSettings
-    # Share of its examples that are drawings of the pictures' outlines, such as a ControlNet is shown.
+    # Share of its examples that are drawings of the pictures' outlines, as a ControlNet is shown drawings.
     encoder_drawings: float = 0.25
     compile: bool = True
 
@@ -56,6 +57,8 @@ def whitening_loss(latents: torch.Tensor) -> torch.Tensor:
 
 def outlines(pixels: torch.Tensor, least_difference: float = 0.5) -> torch.Tensor:
     """White lines on black of the size of pictures (B, 3, H, W) in [-1, 1]: where a pixel is unlike the next ones.
+
+    Rougher than `conditioning.edges`, which needs OpenCV and takes one picture at a time.
 
     Args:
         pixels: the pictures.
@@ -153,6 +156,11 @@ class EncoderObjective(Objective[AutoencoderDC]):
             goal = self.original.encode(pixels, return_dict=False)[0]
         return {"loss": F.mse_loss(self.vae.encode(pixels, return_dict=False)[0].float(), goal.float())}
 
+    def own_settings(self) -> dict[str, Any]:
+        settings = self.settings
+        entries = {name: str(value) for name, value in settings.encoder_config.items()}
+        return {"encoder_drawings": settings.encoder_drawings, **entries}
+
     def groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("encoder", trainable(self.vae), self.settings.encoder_optimiser)]
 
@@ -209,11 +217,16 @@ def with_new_encoder(vae: AutoencoderDC, settings: AutoencoderSettings) -> Autoe
 def distil_encoder(
     vae: AutoencoderDC, pool: PicturePool, settings: AutoencoderSettings, folder: Path, device: torch.device
 ) -> AutoencoderDC:
-    """Train a smaller encoder to the same latents: what draws needs none, and what edits and is taught a small one."""
+    """Train a smaller encoder to the same latents, for what edits pictures and reads drawings.
+
+    The flow has learned those of the large one.
+    """
     torch.manual_seed(settings.encoder_loop.seed)
+    began_with = {"autoencoder": network_digest(vae)}
     new = _prepared(with_new_encoder(vae, settings), settings)
     objective = EncoderObjective(new, _prepared(vae, settings), pool, settings)
-    return train(objective, settings.encoder_loop, folder, "encoder", device).requires_grad_(True)
+    average = train(objective, settings.encoder_loop, folder, "encoder", device, sources=began_with)
+    return average.requires_grad_(True)
 
 
 def _prepared(vae: AutoencoderDC, settings: AutoencoderSettings) -> AutoencoderDC:

@@ -15,12 +15,17 @@ _WAYS_OUT = ("attn1.to_out.", "attn2.to_out.", "ff.conv_point.")
 
 
 def expanded(transformer: SanaTransformer2DModel, num_layers: int) -> SanaTransformer2DModel:
-    """A copy with so many blocks, new ones in the middle; with its own, if these are no fewer.
+    """A copy with `num_layers` blocks, new ones in the middle; a plain copy if it has as many already.
 
     Args:
         transformer: of two blocks or more.
-        num_layers: how many it shall have.
+        num_layers: how many it shall have at least.
+
+    Raises:
+        ValueError: for a transformer of one block, which has no middle.
     """
+    if len(transformer.transformer_blocks) < 2:
+        raise ValueError("a transformer to deepen must have two blocks or more, got 1")
     deeper = copy.deepcopy(transformer)
     blocks = deeper.transformer_blocks
     while len(blocks) < num_layers:

@@ -26,16 +26,7 @@ _ENCODERS = ("text_encoder", "tokenizer", "vae")
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write how a checkpoint was made into its folder; entries keep their order, and paths become texts."""
-    (folder / RECORD).write_text(readable_json(record) + "\n", encoding="utf-8")
-
-
-def readable_json(value: Any, indent: str = "") -> str:
-    """JSON with a line for each entry of an object, and lists on one line; what it does not know becomes a text."""
-    if not isinstance(value, dict) or not value:
-        return json.dumps(value, default=str)
-    deeper = indent + "  "
-    lines = [f"{deeper}{json.dumps(name)}: {readable_json(entry, deeper)}" for name, entry in value.items()]
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    (folder / RECORD).write_text(_readable_json(record) + "\n", encoding="utf-8")
 
 
 def save_network(network: Any, folder: Path) -> None:
@@ -79,6 +70,15 @@ def _thinned(log: Path, most: int = 60) -> dict[str, list[Any]]:
     kept = entries[::-1][::stride][::-1]
     names = dict.fromkeys(name for entry in kept for name in entry)
     return {name: [entry.get(name) for entry in kept] for name in names}
+
+
+def _readable_json(value: Any, depth: int = 0) -> str:
+    """A line for each entry of an object, and lists on one line; what JSON does not know becomes a text."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, default=str)
+    indent = "  " * depth
+    lines = [f"{indent}  {json.dumps(str(name))}: {_readable_json(each, depth + 1)}" for name, each in value.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def export_network(output: Path, network: Any, record: dict[str, Any]) -> None:

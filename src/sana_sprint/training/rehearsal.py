@@ -175,9 +175,10 @@ def _shapes(recipe: ShapesRecipe) -> dict[str, Footprint]:
     guidance = GuidanceObjective(copy.deepcopy(transformer), transformer, data, flow)
     reading = _Reading(_reading_model(recipe), lengths, recipe.language.optimiser)
 
-    def student(settings: DistillationSettings, num_layers: int = 0) -> Distillation:
+    def student(settings: DistillationSettings, num_layers: int | None = None) -> Distillation:
         teacher = _transformer(flow.config)
-        return Distillation(teacher, data, _uncompiled(settings), expanded(teacher, num_layers))
+        deeper = None if num_layers is None else expanded(teacher, num_layers)
+        return Distillation(teacher, data, _uncompiled(settings), deeper)
 
     return {
         "autoencoder": footprint(AutoencoderObjective(vae(), pool, vae_settings), vae_settings.loop),

@@ -148,16 +148,17 @@ class ShapesTraining:
         self._distil("several_steps", "expansion", self.recipe.several_steps, self.recipe.several_steps_loop)
 
     def _distil(
-        self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings, num_layers: int = 0
+        self, stage: str, before: str, settings: DistillationSettings, loop: LoopSettings, num_layers: int | None = None
     ) -> None:
         """Train the student that the stage before has left, and its network for the fakes' score or a new one.
 
-        The student is deepened to so many layers first, if it has fewer.
+        The student is deepened to `num_layers` first, if it has fewer.
         """
         teacher, student = (
             SanaTransformer2DModel.from_pretrained(self._result(name, "transformer")) for name in ("guidance", before)
         )
-        student = expanded(student, num_layers)
+        if num_layers is not None:
+            student = expanded(student, num_layers)
         left = self.folder / before / "fake_score"
         fake_score = SanaTransformer2DModel.from_pretrained(left) if left.is_dir() else None
         # The discriminator is drawn at random.
@@ -198,7 +199,9 @@ class ShapesTraining:
 
     def _record(self) -> dict[str, Any]:
         """The settings, versions and losses that made the checkpoint."""
-        logs = {stage: self._run(stage) / "log.jsonl" for stage in STAGES[4 if self.start else 0 : -1]}
+        logs = {
+            stage: self._run(stage) / "log.jsonl" for stage in STAGES[STAGES.index("flow") if self.start else 0 : -1]
+        }
         start = json.loads((self.start / RECORD).read_text(encoding="utf-8")) if self.start else None
         vae, pictures = self._vae("encoder", torch.float32), self._pool().pictures[:512]
         return {
