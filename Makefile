@@ -21,7 +21,7 @@ help:
 	@echo "make docs       check the documents' links and the README's tree"
 
 demo: $(READY)
-	@$(BIN)/sana-sprint generate --grid --seed 4 --output out/demo.png \
+	@$(BIN)/sana-sprint generate --grid --seed 1 --output out/demo.png \
 		"a red circle" \
 		"a small green star" \
 		"two blue squares" \

@@ -29,7 +29,7 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     paragraphs = [
         "A ControlNet for shapes-base by edges, in bfloat16, Apache-2.0: it copies"
-        f" {recipe['num_layers']} of the transformer's five blocks. Draw by it with `sana-sprint generate"
+        f" {recipe['num_layers']} of the teacher's five blocks. Draw by it with `sana-sprint generate"
         ' "red and blue on a white ground" --control-image PICTURE`.',
         f"Made by `sana-sprint train shapes_control --set teacher={recipe['teacher']} student={recipe['student']}` with"
         f" {versions}. Steps of {recipe['control_loop']['batch_size']} pictures: {_stages(recipe)}. All settings, and"

@@ -147,8 +147,8 @@ def test_a_number_of_blocks_stands_for_a_controlnet_that_copies_so_many(controll
     copied = SanaControlNetModel.from_transformer(transformer, num_layers=3)
     assert weight_bytes(networks.controlnet) == weight_bytes(copied)
     assert controlled(1).denoise_bytes == controlled("after").denoise_bytes < networks.denoise_bytes
-    with pytest.raises(ValueError, match="num_layers must be from 1 to 4 for a transformer of 5 blocks, got 5"):
-        assert controlled(5).controlnet
+    with pytest.raises(ValueError, match="num_layers must be from 1 to 5 for a transformer of 6 blocks, got 6"):
+        assert controlled(6).controlnet
 
 
 def test_a_controlnet_that_was_made_for_another_transformer_is_refused(controlled, control_folders, sprint):

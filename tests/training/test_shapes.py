@@ -96,7 +96,7 @@ def test_the_card_tells_every_stage_what_went_on_by_hand_and_the_scores(trained,
         ("one_step", 51),
         ("matching", 101),
         ("expansion", 221),
-        ("several_steps", 241),
+        ("several_steps", 261),
     ):
         assert f"{stage} {seed}" in text
     assert all(f" {stage} " in text for stage in STAGES[:-1])
