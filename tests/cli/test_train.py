@@ -45,7 +45,7 @@ def cache(teacher, tmp_path_factory):
 def test_a_stage_without_its_predecessors_result_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert main(["train", "shapes", "--trial", "--stage", "assemble", "--output", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("sana-sprint: error: stage 'matching' has left no result")
+    assert err.startswith("sana-sprint: error: stage 'several_steps' has left no result")
     assert err.count("\n") == 1
 
 
