@@ -36,7 +36,7 @@ def _pixel_settings() -> PixelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesControlRecipe:
-    """All settings; the embedded ControlNet has them, with the embedded student."""
+    """All settings; the embedded ControlNet has them, with the student that was embedded then."""
 
     teacher: str = "runs/shapes/guidance/transformer"  # a folder, or hub id, of the transformer
     student: str = "runs/shapes/checkpoint"  # a pipeline's folder, or embedded
