@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from sana_sprint.autoencoder import resample, strips
+from sana_sprint.autoencoder import inner, resample, strips
 from sana_sprint.autoencoder.resample import DoublingConv2d, channels_to_space, nearest_double, repeat_channels
 from sana_sprint.bench import cases
 from sana_sprint.bench.cases import CASES, Case, Runs
@@ -80,6 +80,7 @@ IDEAS = (
     Idea("padding is not attended to", "step", exchange(cases, "drop_padding", lambda embeds, mask: (embeds, mask))),
     Idea("memory is channels-last", "decode", channels_first),
     Idea("the double of an image is not made", "decode", exchange(DoublingConv2d, "forward", convolve_double)),
+    Idea("convolutions by Winograd", "decode", exchange(inner, "winograd_pays", lambda *arguments: False)),
     Idea("norms run piece by piece", "decode", exchange(norms, "MAX_NUMBERS_AT_ONCE", sys.maxsize)),
     Idea("shortcuts are views", "decode", exchange(resample, "repeat_into_space", repeat_and_shuffle)),
     Idea("strips", "decode", lambda pipe: patch.object(pipe.vae, "use_strips", False)),

@@ -13,6 +13,7 @@ from torch import nn
 from sana_sprint.autoencoder.blocks import activation, make_block
 from sana_sprint.autoencoder.resample import DCDownBlock2d, DCUpBlock2d, average_channels, repeat_channels
 from sana_sprint.autoencoder.strips import apply_in_strips
+from sana_sprint.layers.gradients import needs_gradient
 from sana_sprint.layers.norms import ChannelRMSNorm
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ class Coder(nn.Module):
         """Whether strips give what the whole would: nothing is to be differentiated, no graph is being compiled."""
         if torch.compiler.is_compiling():
             return False  # every strip would be a copy of the network in the graph
-        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *self.parameters()))
+        return not needs_gradient(x, *self.parameters())
 
 
 class Encoder(Coder):

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sana_sprint.autoencoder.winograd import winograd_conv2d, winograd_pays
+
 
 class InnerConv2d(nn.Conv2d):
     """A 3x3 convolution with padding 1 that can leave out its first and last row, the only ones it pads rows for.
@@ -16,6 +18,8 @@ class InnerConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor, inner: bool = False) -> torch.Tensor:
         """(B, C, H, W) to (B, C', H, W), or with `inner` to (B, C', H - 2, W)."""
+        if winograd_pays(x, self.weight, self.bias, inner):
+            return winograd_conv2d(x, self.weight, self.bias, inner)
         return F.conv2d(x, self.weight, self.bias, padding=(0, 1)) if inner else super().forward(x)
 
 

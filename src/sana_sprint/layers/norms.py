@@ -6,6 +6,8 @@ B batch, C channels, H W grid, D width.
 import torch
 from torch import nn
 
+from sana_sprint.layers.gradients import needs_gradient
+
 # Of what a CPU normalises at once: 1 MiB in float32. Intermediate results of this size stay in its cache, and are not
 # taken anew from the system each time.
 MAX_NUMBERS_AT_ONCE = 2**18
@@ -24,9 +26,8 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor |
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """Divide `x` (..., D) by the root mean square over its last axis, then scale and shift; dtype of `x` is kept."""
-    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     fits = x.device.type != "cpu" or x.numel() <= MAX_NUMBERS_AT_ONCE
-    if fits or needs_gradient or torch.compiler.is_compiling():
+    if fits or needs_gradient(x, weight, bias) or torch.compiler.is_compiling():
         return _rms_norm(x, weight, bias, eps)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows_at_once = max(MAX_NUMBERS_AT_ONCE // x.shape[-1], 1)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Model, PreTrainedModel
 
+from sana_sprint.layers.gradients import needs_gradient
 from sana_sprint.text.prefix import Prefix, Reader, read_behind, read_prefix
 
 Value = TypeVar("Value")
@@ -135,8 +136,7 @@ def _serves_again(text_encoder: nn.Module) -> bool:
 
     The scale of adapters is no weight, and changes from call to call.
     """
-    has_gradients = torch.is_grad_enabled() and any(weight.requires_grad for weight in text_encoder.parameters())
-    return not has_gradients and not _has_adapters(text_encoder)
+    return not needs_gradient(*text_encoder.parameters()) and not _has_adapters(text_encoder)
 
 
 class TextCache:
