@@ -2,8 +2,8 @@
 
 python scripts/ablate_speed.py [--output docs/benchmarks/speed-ablation.json] [--quick]
 
-Full-size 1.6B with random weights, as `sana-sprint bench` has it; pictures of 512 pixels, 1024 for the step. An idea is
-undone by exchanging, in this process alone, the piece of code that holds it for what one would write without it.
+Full-size 1.6B with random weights, as `sana-sprint bench` has it. An idea is undone by exchanging, in this process
+alone, the piece of code that holds it for what one would write without it.
 """
 
 import argparse
@@ -34,11 +34,12 @@ Undone = Callable[[Any], AbstractContextManager[Any]]  # our pipeline to where a
 
 
 class Idea(NamedTuple):
-    """An idea, the case of `bench.cases` that it is for, and how it is undone."""
+    """An idea, the case of `bench.cases` that it is for, how it is undone, and the side of the pictures in pixels."""
 
     name: str
     case: str
     undone: Undone
+    size: int = 512
 
 
 @contextmanager
@@ -77,17 +78,17 @@ def exchange(owner: Any, name: str, value: Any) -> Undone:
 IDEAS = (
     Idea("the instruction is read once", "text, new prompt", forgetful),
     Idea("and padding is not read", "text, new prompt", lambda pipe: patch.object(pipe, "text_cache", None)),
-    Idea("padding is not attended to", "step", exchange(cases, "drop_padding", lambda embeds, mask: (embeds, mask))),
+    Idea(
+        "padding is not attended to", "step", exchange(cases, "drop_padding", lambda embeds, mask: (embeds, mask)), 1024
+    ),
     Idea("memory is channels-last", "decode", channels_first),
     Idea("the double of an image is not made", "decode", exchange(DoublingConv2d, "forward", convolve_double)),
-    Idea("convolutions by Winograd", "decode", exchange(inner, "winograd_pays", lambda *arguments: False)),
+    Idea("convolutions by Winograd", "decode", exchange(inner, "winograd_pays", lambda *arguments: False), 1024),
     Idea("norms run piece by piece", "decode", exchange(norms, "MAX_NUMBERS_AT_ONCE", sys.maxsize)),
     Idea("shortcuts are views", "decode", exchange(resample, "repeat_into_space", repeat_and_shuffle)),
     Idea("strips", "decode", lambda pipe: patch.object(pipe.vae, "use_strips", False)),
     Idea("strips leave out rows", "decode", exchange(strips, "LEAVES_OUT", ())),
 )
-SIZES = {"step": 1024}
-SIZE = 512
 
 
 def runs_of(idea: Idea, case: Case, pair: Pair, size: Workload, seed: int) -> Runs:
@@ -118,8 +119,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for idea in IDEAS:
         (case,) = (case for case in CASES if case.name == idea.case)
-        side = SIZES.get(idea.case, SIZE)
-        runs = runs_of(idea, case, twins.pair(case.networks), Workload(height=side, width=side), options.seed)
+        runs = runs_of(idea, case, twins.pair(case.networks), Workload(height=idea.size, width=idea.size), options.seed)
         measured = measure(runs, options.rounds, device)
         with_it, without = measured.ours, measured.theirs
         assert without is not None
@@ -135,7 +135,7 @@ def main() -> None:
             {
                 "idea": idea.name,
                 "case": idea.case,
-                "size": side,
+                "size": idea.size,
                 "seconds": {name: one.seconds for name, one in both.items()},
                 "peak_bytes": {name: one.counts.peak_bytes for name, one in both.items()},
                 "times_faster": times._asdict(),

@@ -1,5 +1,7 @@
 """Winograd's form of a convolution is the plain one, exact to rounding, and chosen only where it can take its place."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,9 @@ from sana_sprint.autoencoder import winograd
 from sana_sprint.autoencoder.inner import InnerConv2d
 from sana_sprint.autoencoder.winograd import winograd_conv2d, winograd_pays
 
-# The smallest image that it is used for, by its channels and by either side.
-CHANNELS, SIDE = winograd.MIN_CHANNELS, 128
+# The smallest image that it is used for, of this width.
+CHANNELS, WIDTH = winograd.MIN_CHANNELS, 160
+HEIGHT = 2 * math.ceil(winograd.MIN_NUMBERS / (2 * CHANNELS * WIDTH))
 
 multiplies_bfloat16 = pytest.mark.skipif(
     not winograd._multiplies_bfloat16(), reason="needs a CPU with AVX512-BF16 and without AMX, and torch 2.10"
@@ -26,7 +29,7 @@ def in_use() -> InnerConv2d:
 @pytest.fixture
 def image(draw) -> torch.Tensor:
     """What it is used for."""
-    return draw(1, CHANNELS, SIDE, SIDE).bfloat16().contiguous(memory_format=torch.channels_last)
+    return draw(1, CHANNELS, HEIGHT, WIDTH).bfloat16().contiguous(memory_format=torch.channels_last)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -80,7 +83,7 @@ def test_it_is_not_used_where_it_cannot_be_or_would_be_slower(in_use, image):
     assert winograd_pays(image, weight, bias, inner=False)
     others = {
         "float32": (image.float(), weight.float(), bias.float(), False),
-        "small": (image[:, :, : SIDE // 2], weight, bias, False),
+        "small": (image[:, :, : HEIGHT // 2], weight, bias, False),
         "small, inner": (image, weight, bias, True),
         "narrow": (torch.cat([image] * 2, 2)[:, : CHANNELS // 2], weight[:, : CHANNELS // 2], bias, False),
         "few results": (image, weight[: CHANNELS // 2], bias[: CHANNELS // 2], False),

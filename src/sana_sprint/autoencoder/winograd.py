@@ -25,7 +25,7 @@ MAX_NUMBERS_AT_ONCE = 2**20
 
 # Below these the sums take longer than the products that they save.
 MIN_CHANNELS = 256
-MIN_NUMBERS = 2**22  # pixels times channels
+MIN_NUMBERS = 6 * 2**20  # pixels times channels
 
 
 def _multiplies_bfloat16() -> bool:
