@@ -86,7 +86,7 @@ IDEAS = (
     Idea("convolutions by Winograd", "decode", exchange(inner, "winograd_pays", lambda *arguments: False), 1024),
     Idea("norms run piece by piece", "decode", exchange(norms, "MAX_NUMBERS_AT_ONCE", sys.maxsize)),
     Idea("shortcuts are views", "decode", exchange(resample, "repeat_into_space", repeat_and_shuffle)),
-    Idea("strips", "decode", lambda pipe: patch.object(pipe.vae, "use_strips", False)),
+    Idea("strips", "decode", lambda pipe: patch.object(pipe.vae, "use_strips", False), 1024),
     Idea("strips leave out rows", "decode", exchange(strips, "LEAVES_OUT", ())),
 )
 
@@ -115,8 +115,8 @@ def main() -> None:
     configs = configs_of(QUICK if options.quick else "1.6b")
     twins = Twins(configs=configs, dtype=torch.bfloat16, device=device, seed=options.seed)
     rows = []
-    print("| idea | case | without it | with it | times faster with it | memory, with it : without | error |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| idea | case | size | without it | with it | times faster with it | memory, with it : without | error |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for idea in IDEAS:
         (case,) = (case for case in CASES if case.name == idea.case)
         runs = runs_of(idea, case, twins.pair(case.networks), Workload(height=idea.size, width=idea.size), options.seed)
@@ -129,7 +129,8 @@ def main() -> None:
         memory = " : ".join(readable_bytes(one.counts.peak_bytes or 0) for one in (with_it, without))
         faster = f"{times.median:.2f} ({times.lower:.2f}, {times.upper:.2f})"
         error = measured.agreement.relative_error
-        print("|", " | ".join([idea.name, idea.case, *seconds, faster, memory, f"{error:.1e}"]), "|", flush=True)
+        cells = [idea.name, idea.case, str(idea.size), *seconds, faster, memory, f"{error:.1e}"]
+        print("|", " | ".join(cells), "|", flush=True)
         both = {"with": with_it, "without": without}
         rows.append(
             {

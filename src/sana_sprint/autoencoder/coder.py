@@ -5,6 +5,7 @@ Stage k works at 1 / 2^k of the resolution. A stage 0 without layers is left out
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -61,7 +62,7 @@ class Coder(nn.Module):
         """Whether strips give what the whole would: nothing is to be differentiated, no graph is being compiled."""
         if torch.compiler.is_compiling():
             return False  # every strip would be a copy of the network in the graph
-        return not needs_gradient(x, *self.parameters())
+        return not needs_gradient(chain((x,), self.parameters()))
 
 
 class Encoder(Coder):

@@ -76,7 +76,7 @@ class DoublingConv2d(InnerConv2d):
         """
         if not doubled:
             return super().forward(x, inner)
-        if needs_gradient(x, *self.parameters()):
+        if needs_gradient((x, *self.parameters())):
             return super().forward(nearest_double(x, inner), inner)
         # Channels-last, for the library would take longer to rearrange the sums than to make them.
         kernel = self.weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)

@@ -1,6 +1,6 @@
-"""A 3x3 convolution with 4/9 of the multiplications: Winograd's F(2x2, 3x3) (Lavin and Gray 2016, arXiv:1509.09308).
+"""An image to its 3x3 convolution by 4/9 of the products: Winograd's F(2x2, 3x3) (Lavin and Gray 2016, 1509.09308).
 
-B batch, C channels in, O channels out, H W grid, h w the same in tiles of 2x2 results.
+B batch, C channels, C' channels of the result, H W grid; H' W' the same in tiles of 2x2 results.
 
 Two neighbouring results of a kernel g0 g1 g2 on values d0 d1 d2 d3 take four products instead of six:
 
@@ -11,72 +11,81 @@ Along rows and columns, 2x2 results take 16 instead of 36. With all channels the
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from sana_sprint.layers.gradients import needs_gradient
 
-SIDE = 2  # of a tile of results
-FACTORS = 4  # products for such a tile, in each direction
+TILE = 2  # results, in each direction
+PRODUCTS = 4  # that they take, in each direction
 
-# Pixels times channels of a block of rows, for which four times as many numbers are multiplied: 8 MiB in bfloat16.
+# Pixels times channels of a block of rows. Its factors, products and sums take 20 MiB in bfloat16.
 MAX_NUMBERS_AT_ONCE = 2**20
 
-# Below these the sums take longer than the products that they save.
+# Where it began to gain on two cores of an AMD EPYC (Zen 5), 32 MiB of cache: strips of 64 rows of a picture of 768.
 MIN_CHANNELS = 256
 MIN_NUMBERS = 6 * 2**20  # pixels times channels
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in vectors. With tiles (AMX) it is much faster; not tried there."""
+@lru_cache(maxsize=1)
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in vectors, and not in tiles (AMX), with which this has not been measured."""
     if not hasattr(torch.cpu, "get_capabilities"):
-        return False  # torch before 2.10 does not say
+        return False  # an older torch does not say
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_bf16")
 
 
 def winograd_pays(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, inner: bool) -> bool:
-    """Whether `winograd_conv2d` can take the place of the plain form here, and is faster.
+    """Whether `winograd_conv2d` can take the place of the plain form for a convolution of padding 1, and is faster.
 
-    Not for float32, whose products gained less than the sums cost, nor for a GPU, whose library chooses for itself.
+    For bfloat16 on a CPU alone: products of float32 gained less than the sums cost, and a GPU's library has its own.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu" or x.ndim != 4:
+        return False
     _, channels, height, width = x.shape
-    height -= 2 if inner else 0
+    rows = height - 2 if inner else height
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.bfloat16
+        all(tensor.dtype == torch.bfloat16 for tensor in (x, weight, bias) if tensor is not None)
+        and weight.shape[1:] == (channels, 3, 3)  # an adapter's second convolution is 1x1
         and min(channels, len(weight)) >= MIN_CHANNELS
-        and channels * height * width >= MIN_NUMBERS
-        and height % SIDE == 0
-        and width % SIDE == 0
-        and not torch.compiler.is_compiling()
-        and not needs_gradient(x, weight, bias)
-        and _multiplies_bfloat16()
+        and channels * rows * width >= MIN_NUMBERS
+        and rows % TILE == 0
+        and width % TILE == 0
+        and not needs_gradient((x, weight, bias))
+        and multiplies_bfloat16()
     )
 
 
-def _sum_data(d: torch.Tensor, dim: int, out: torch.Tensor) -> None:
-    """The left factors, of `d` along `dim`, where it has 2n + 2 values: to `out` (4, ..., n, ...)."""
-    even, odd = d.unflatten(dim, (-1, SIDE)).unbind(dim + 1)
-    n = even.shape[dim] - 1
-    d0, d1, d2, d3 = (t.narrow(dim, start, n) for start in (0, 1) for t in (even, odd))
+def _sum_values(values: torch.Tensor, dim: int, out: torch.Tensor) -> None:
+    """The left factors of 2n results, of 2n + 2 values along `dim`: to `out` (4, ..., n, ...)."""
+    even, odd = values.unflatten(dim, (-1, TILE)).unbind(dim + 1)
+    count = even.shape[dim] - 1
+    d0, d1, d2, d3 = (of_tiles.narrow(dim, start, count) for start in (0, 1) for of_tiles in (even, odd))
     torch.sub(d0, d2, out=out[0])
     torch.add(d1, d2, out=out[1])
     torch.sub(d2, d1, out=out[2])
     torch.sub(d1, d3, out=out[3])
 
 
-def _sum_kernel(g: torch.Tensor) -> torch.Tensor:
-    """The right factors, of `g` along its first axis: (3, ...) to (4, ...)."""
-    ends, middle = (g[0] + g[2]) / 2, g[1] / 2
-    return torch.stack([g[0], ends + middle, ends - middle, g[2]])
+def _sum_weights(weights: torch.Tensor) -> torch.Tensor:
+    """The right factors, of weights along the first axis: (3, ...) to (4, ...)."""
+    ends, middle = (weights[0] + weights[2]) / 2, weights[1] / 2
+    return torch.stack([weights[0], ends + middle, ends - middle, weights[2]])
 
 
-def _sum_products(m: torch.Tensor, out: torch.Tensor) -> None:
-    """The results, of products `m` (4, ...): to `out` (2, ...)."""
-    torch.add(m[0], m[1], out=out[0]).add_(m[2])
-    torch.sub(m[1], m[2], out=out[1]).sub_(m[3])
+def _sum_products(products: torch.Tensor, out: torch.Tensor) -> None:
+    """The results, of products (4, ...): to `out` (2, ...)."""
+    torch.add(products[0], products[1], out=out[0]).add_(products[2])
+    torch.sub(products[1], products[2], out=out[1]).sub_(products[3])
+
+
+def _kernel_factors(weight: torch.Tensor) -> torch.Tensor:
+    """The right factors of both directions, the second within the first: (C', C, 3, 3) to (16, C, C')."""
+    by_row = _sum_weights(weight.float().permute(2, 3, 0, 1))  # 4 3 C' C
+    return _sum_weights(by_row.movedim(1, 0)).flatten(0, 1).to(weight.dtype).transpose(1, 2)
 
 
 def _front(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -89,41 +98,44 @@ def winograd_conv2d(
 ) -> torch.Tensor:
     """`F.conv2d` with padding 1, or with `inner` without the first and last row of its result. Without gradients.
 
-    Equal up to rounding, here that of the sums too: in bfloat16 an error of 0.7 %, four times that of the plain form.
-    Blocks of rows are computed one after the other in the same memory, which a processor's cache holds.
+    Equal up to rounding, here of the sums too: for normal values and weights an error of 0.7 % in bfloat16, four times
+    that of the plain form. Blocks of rows are computed one after the other, in the same memory.
 
     Args:
-        x: (B, C, H, W), with an even width. In channels-last memory, as the result is.
-        weight: (O, C, 3, 3). Its sums are made anew at each call: kept, they would be 16/9 of the weights in memory,
+        x: (B, C, H, W), with an even W.
+        weight: (C', C, 3, 3). Its sums are made anew at each call: kept, they would be 16/9 of the weights in memory,
             and could become stale.
 
     Returns:
-        (B, O, H, W), or with `inner` (B, O, H - 2, W); this height must be even.
+        (B, C', H, W), or with `inner` (B, C', H - 2, W), in channels-last memory; this height must be even.
     """
-    x = x if inner else F.pad(x, (0, 0, 1, 1))
     batch, channels, height, width = x.shape
-    out_channels, w = len(weight), width // SIDE
-    y = x.new_empty(batch, height - 2, width, out_channels)
-    kernel = _sum_kernel(_sum_kernel(weight.float().permute(2, 3, 0, 1)).movedim(1, 0))  # columns rows O C
-    kernel = kernel.flatten(0, 1).to(weight.dtype).transpose(1, 2)
-    row = width * max(channels, out_channels)
-    rows = min(max(MAX_NUMBERS_AT_ONCE // (SIDE * row), 1) * SIDE, height - 2)
-    # The sums along one direction lie where, before or after them, the products do.
-    data, products, halves = (x.new_empty(count * rows * row) for count in (FACTORS, FACTORS, SIDE))
-    for image, result in zip(x.movedim(1, -1), y, strict=True):
-        for top in range(0, len(result), rows):
-            block = result[top : top + rows]
-            h = len(block) // SIDE
-            by_row = _front(products, FACTORS, h, width + 2, channels)
+    padding = 0 if inner else 1
+    result = x.new_empty(batch, height + 2 * padding - 2, width, len(weight))
+    kernel = _kernel_factors(weight)
+    per_row = width * max(channels, len(weight))
+    rows = min(max(MAX_NUMBERS_AT_ONCE // (TILE * per_row), 1) * TILE, result.shape[1])
+    # The factors along rows lie where the products will.
+    for_values, for_products, for_sums = (x.new_empty(count * rows * per_row) for count in (PRODUCTS, PRODUCTS, TILE))
+    for image, image_result in zip(x.movedim(1, -1), result, strict=True):  # H W C
+        for top in range(0, len(image_result), rows):
+            block = image_result[top : top + rows]
+            tiles = (len(block) // TILE, width // TILE)  # H' W'
+            first, last = top - padding, top - padding + len(block) + 2
+            seen = image[max(first, 0) : last]
+            if len(seen) < len(block) + 2:
+                seen = F.pad(seen, (0, 0, 0, 0, max(-first, 0), max(last - height, 0)))
+            by_row = _front(for_products, PRODUCTS, tiles[0], width + 2, channels)
             by_row[:, :, :: width + 1] = 0  # the padding
-            _sum_data(image[top : top + len(block) + 2], 0, out=by_row[:, :, 1:-1])
-            d = _front(data, FACTORS, FACTORS, h, w, channels)  # columns rows
-            _sum_data(by_row, 2, out=d)
-            m = _front(products, FACTORS, FACTORS, h, w, out_channels)
-            torch.bmm(d.view(-1, h * w, channels), kernel, out=m.view(-1, h * w, out_channels))
+            _sum_values(seen, 0, out=by_row[:, :, 1:-1])
+            values = _front(for_values, PRODUCTS, PRODUCTS, *tiles, channels)  # 4 of columns, 4 of rows, H' W' C
+            _sum_values(by_row, 2, out=values)
+            products = _front(for_products, PRODUCTS, PRODUCTS, *tiles, len(weight))
+            torch.bmm(values.flatten(2, 3).flatten(0, 1), kernel, out=products.flatten(2, 3).flatten(0, 1))
             if bias is not None:
-                m[1, 1] += bias  # of all products the one that every result has, and has with a plus
-            by_column = _front(halves, SIDE, FACTORS, h, w, out_channels)
-            _sum_products(m, out=by_column)
-            _sum_products(by_column.movedim(1, 0), out=block.view(h, SIDE, w, SIDE, -1).permute(1, 3, 0, 2, 4))
-    return y.movedim(-1, 1)
+                products[1, 1] += bias  # the one product that every result has, and has with a plus
+            by_column = _front(for_sums, TILE, PRODUCTS, *tiles, len(weight))
+            _sum_products(products, out=by_column)
+            cells = block.view(tiles[0], TILE, tiles[1], TILE, -1).permute(1, 3, 0, 2, 4)  # 2 of rows, 2 of columns
+            _sum_products(by_column.movedim(1, 0), out=cells)
+    return result.movedim(-1, 1)

@@ -1,8 +1,13 @@
-"""Tensors to whether anything made of them will be differentiated, and so must not be overwritten or cut short."""
+"""Tensors to whether autograd will record what is made of them: if so, nothing is overwritten, kept or cut short."""
+
+from collections.abc import Iterable
 
 import torch
 
 
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether gradients are recorded, and some of `tensors` take part; None is the bias that a layer has not."""
+def needs_gradient(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether gradients are recorded and some of `tensors` take part, of which none is looked at if they are not.
+
+    None stands for an absent bias.
+    """
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -27,7 +27,7 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor |
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """Divide `x` (..., D) by the root mean square over its last axis, then scale and shift; dtype of `x` is kept."""
     fits = x.device.type != "cpu" or x.numel() <= MAX_NUMBERS_AT_ONCE
-    if fits or needs_gradient(x, weight, bias) or torch.compiler.is_compiling():
+    if fits or needs_gradient((x, weight, bias)) or torch.compiler.is_compiling():
         return _rms_norm(x, weight, bias, eps)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows_at_once = max(MAX_NUMBERS_AT_ONCE // x.shape[-1], 1)

@@ -136,7 +136,7 @@ def _serves_again(text_encoder: nn.Module) -> bool:
 
     The scale of adapters is no weight, and changes from call to call.
     """
-    return not needs_gradient(*text_encoder.parameters()) and not _has_adapters(text_encoder)
+    return not needs_gradient(text_encoder.parameters()) and not _has_adapters(text_encoder)
 
 
 class TextCache:
