@@ -1,7 +1,7 @@
 """Documents that `sana-sprint bench` wrote to one plot of all their rows.
 
 cd docs/benchmarks
-python ../../scripts/plot_speed.py speed-{text-step,decode,picture,512,step-0.6b}.json --output ../images/speed.png
+python ../../scripts/plot_speed.py speed-zen5-{1,decode,2048,512-batch-10}.json --output ../images/speed.png
 """
 
 import argparse

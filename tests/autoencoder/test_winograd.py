@@ -1,16 +1,22 @@
 """Winograd's form of a convolution is the plain one up to rounding, and takes its place only where it can."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from sana_sprint.assets import embedded_checkpoint
 from sana_sprint.autoencoder import winograd
 from sana_sprint.autoencoder.blocks import ResBlock
 from sana_sprint.autoencoder.inner import InnerConv2d
+from sana_sprint.autoencoder.model import AutoencoderDC
 from sana_sprint.autoencoder.strips import apply_in_strips
 from sana_sprint.autoencoder.winograd import winograd_conv2d, winograd_pays
+from sana_sprint.shapes.captions import parse
+from sana_sprint.shapes.renderer import render
+from sana_sprint.shapes.scenes import complete
 
 CHANNELS, HEIGHT, WIDTH = 8, 12, 16
 
@@ -123,6 +129,24 @@ def test_a_residual_block_in_strips_is_computed_so_with_little_more_than_twice_t
     plain = block(x.bfloat16())
     # The activation, the norm and the sum with the input round alike in both.
     assert relative_error(in_strips, exact) < 2.5 * relative_error(plain, exact)
+
+
+@torch.no_grad()
+def test_trained_weights_decode_pictures_to_half_a_level_with_it_in_every_convolution(in_use, monkeypatch):
+    model = AutoencoderDC.from_pretrained(embedded_checkpoint() / "vae").eval()
+    captions = ("a yellow circle above a blue square", "two green squares on a white background", "a yellow star")
+    scenes = [complete(parse(caption), np.random.default_rng(seed)) for seed, caption in enumerate(captions)]
+    pictures = torch.stack([torch.from_numpy(render(scene)) for scene in scenes]).movedim(-1, 1) / 127.5 - 1
+    latents = model.encode(pictures).latent.bfloat16()
+    exact = model.decode(latents.float()).sample
+    model.bfloat16()
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "MIN_NUMBERS", 1)
+    error = model.decode(latents).sample - exact
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 1000)
+    plain_error = model.decode(latents).sample - exact
+    levels = [127.5 * of.square().mean().sqrt().item() for of in (plain_error, error)]
+    assert 0.1 < levels[0] < levels[1] < 0.5
 
 
 @torch.no_grad()
