@@ -219,6 +219,8 @@ def test_ctrl_c_ends_with_130_and_one_line_and_leaves_no_part_of_a_file(model_fo
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what runs in its background, the tests it may be, with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "wrote a-0.png\n"
