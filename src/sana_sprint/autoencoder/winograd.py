@@ -24,7 +24,8 @@ PRODUCTS = 4  # that they take, in each direction
 # Pixels times channels of a block of rows. Its factors, products and sums take 20 MiB in bfloat16.
 MAX_NUMBERS_AT_ONCE = 2**20
 
-# Where it began to gain on two cores of an AMD EPYC (Zen 5), 32 MiB of cache: strips of 64 rows of a picture of 768.
+# Strips of 64 rows of a picture of 768. On two cores of an AMD EPYC (Zen 5) a convolution of 512 channels gained from
+# less than that on; one of 256 hardly, but a whole decode of 1024 did with both (docs/speed.md).
 MIN_CHANNELS = 256
 MIN_NUMBERS = 6 * 2**20  # pixels times channels
 
